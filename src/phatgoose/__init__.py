@@ -1,0 +1,42 @@
+"""PHATGOOSE: route every token, at every layer, among independently trained LoRA experts.
+
+    from phatgoose import Pool, RoutedModel
+    model = RoutedModel.from_pool("base", Pool.open("folder"), router="phatgoose", top_k=2)
+
+An independent implementation of "Learning to Route Among Specialized Experts
+for Zero-Shot Generalization" (arXiv 2402.05859).
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from phatgoose.base import load_base as load_base
+    from phatgoose.base import load_tokenizer as load_tokenizer
+    from phatgoose.errors import PhatgooseError as PhatgooseError
+    from phatgoose.expert import Expert as Expert
+    from phatgoose.pool import Pool as Pool
+    from phatgoose.routed import RoutedModel as RoutedModel
+    from phatgoose.trace import Trace as Trace
+
+_PUBLIC = {
+    "Expert": "phatgoose.expert",
+    "PhatgooseError": "phatgoose.errors",
+    "Pool": "phatgoose.pool",
+    "RoutedModel": "phatgoose.routed",
+    "Trace": "phatgoose.trace",
+    "load_base": "phatgoose.base",
+    "load_tokenizer": "phatgoose.base",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import; `phatgoose --help` must not wait for them
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name]), name)

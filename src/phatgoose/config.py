@@ -1,0 +1,142 @@
+"""Settings of training and routing. A default lives here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from phatgoose.errors import ConfigError
+
+Dtype = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How tokens choose experts.
+
+    Attributes:
+        router: a name in `phatgoose.routers.ROUTERS`.
+        top_k: experts per token and site (not sampling's top_k).
+        eps: added to the variance when a gate or an activation is standardised.
+            1e-5 is the official code's LayerNorm; 0 is the paper's formula.
+        temperature: divides the scores before the softmax; 1 is the paper.
+    """
+
+    router: str = "phatgoose"
+    top_k: int = 2
+    eps: float = 1e-5
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top_k < 1:
+            raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
+        if self.eps < 0:
+            raise ConfigError("eps must not be negative", found=str(self.eps), expected="0 or more")
+        if not self.temperature > 0:
+            raise ConfigError("temperature must be positive", found=str(self.temperature), expected="above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How an example becomes tokens.
+
+    A decoder-only model reads `input + separator + target + EOS`, an
+    encoder-decoder model reads `input` and writes `target + EOS`.
+
+    Attributes:
+        separator: text between input and target (decoder-only models).
+        max_input_tokens: longer inputs are cut (decoder-only: at the front,
+            because instructions stand next to the answer; encoder-decoder: at
+            the end, as in the official code).
+        max_target_tokens: longer targets are cut at the end.
+    """
+
+    separator: str = "\n"
+    max_input_tokens: int = 512
+    max_target_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("max_input_tokens", "max_target_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then a constant rate (paper section 4.1).
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: examples per forward pass and device.
+        accumulation: forward passes per step. The paper's batch is 1024
+            examples in all.
+        learning_rate: peak rate.
+        warmup_ratio: share of the steps with a rising rate, rounded down.
+        clip: largest norm of the gradient.
+        weight_decay: AdamW's.
+        seed: of the data order and of a new adapter's initial values.
+        dtype: of the frozen weights and of the arithmetic. What is trained
+            stays in fp32.
+    """
+
+    steps: int
+    batch_size: int = 16
+    accumulation: int = 1
+    learning_rate: float = 5e-3
+    warmup_ratio: float = 0.06
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    seed: int = 42
+    dtype: Dtype = "fp32"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError("warmup_ratio must lie between 0 and 1", found=str(self.warmup_ratio))
+        if self.learning_rate <= 0 or self.clip <= 0:
+            raise ConfigError(
+                "learning_rate and clip must be positive", found=f"{self.learning_rate} and {self.clip}"
+            )
+        if self.dtype not in ("fp32", "bf16"):
+            raise ConfigError("unknown dtype", found=str(self.dtype), expected="fp32 or bf16")
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of warm-up; the first of them has rate 0 (as in the official code)."""
+        return int(self.steps * self.warmup_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateConfig(OptimizerConfig):
+    """Gate training (paper section 3, settings of section 4.1)."""
+
+    steps: int = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterTrainingConfig(OptimizerConfig):
+    """LoRA training (paper section 4.1 where not said otherwise).
+
+    Attributes:
+        rank: rank of the update.
+        alpha: LoRA's alpha; None means `rank`, a scale of 1. (The paper's
+            code has alpha 1: a scale of 1/16, with its learning rate to match.)
+        target_modules: "all-linear", or a comma-separated list of names.
+        learning_rate: 1e-3, the rate that suits a scale of 1.
+        save_steps: a checkpoint every so many steps; a killed run starts
+            again from the last one.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    rank: int = 16
+    alpha: float | None = None
+    target_modules: str = "all-linear"
+    save_steps: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1 or self.save_steps < 1:
+            raise ConfigError("rank and save_steps must be at least 1", found=f"{self.rank} and {self.save_steps}")

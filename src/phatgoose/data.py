@@ -1,0 +1,207 @@
+"""Examples, and how they become what a model reads.
+
+Axes: B sequences, S positions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from phatgoose.config import TextConfig
+from phatgoose.errors import DataError
+
+IGNORED = -100  # the label that torch's cross-entropy leaves out
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    """One training or evaluation example.
+
+    Attributes:
+        input: the prompt.
+        target: what the model should answer.
+        choices: all possible answers, if there is a fixed list.
+    """
+
+    input: str
+    target: str
+    choices: tuple[str, ...] | None = None
+
+
+def read_examples(source: str, split: str | None = None) -> list[Example]:
+    """Read a jsonl file, or a dataset by name.
+
+    Args:
+        source: path of a .jsonl or .jsonl.gz file whose lines have `input`,
+            `target` and, if they like, `choices` and `split`; or the name of a
+            dataset for `datasets`, as `name` or `name:config`, with those columns.
+        split: only these rows. In a file, rows without a `split` always count.
+
+    Raises:
+        DataError: missing, broken or empty; it names the line.
+    """
+    if source.endswith((".jsonl", ".jsonl.gz")):
+        examples = list(_read_jsonl(Path(source), split))
+    else:
+        examples = _read_dataset(source, split or "train")
+    if not examples:
+        raise DataError(f"{source} has no examples", found=f"no rows of split {split!r}" if split else "no rows")
+    return examples
+
+
+def fingerprint(examples: Sequence[Example]) -> str:
+    """sha256 over all examples in order, so that a gate can say what it was trained on."""
+    digest = hashlib.sha256()
+    for example in examples:
+        digest.update(json.dumps([example.input, example.target, example.choices]).encode())
+    return digest.hexdigest()
+
+
+class Encoder:
+    """Turns text into token ids for one kind of model.
+
+    Args:
+        tokenizer: of the base model.
+        config: of the base model (for `is_encoder_decoder` and its start token).
+        text: separator and limits.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, text: TextConfig) -> None:
+        self.tokenizer = tokenizer
+        self.text = text
+        self.encoder_decoder = bool(config.is_encoder_decoder)
+        self.start_id = config.decoder_start_token_id if self.encoder_decoder else None
+        if tokenizer.eos_token_id is None:
+            raise DataError("the base model's tokenizer has no EOS token", expected="a token that ends a target")
+        self.eos_id: int = tokenizer.eos_token_id
+        self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+    def prompt(self, text: str) -> list[int]:
+        """Token ids of an input, as the model reads them before it answers."""
+        if self.encoder_decoder:
+            return self._ids(text, special=True)[: self.text.max_input_tokens]
+        ids = self._ids(text + self.text.separator, special=True)
+        if ids and ids[-1] == self.eos_id:  # some tokenizers close every text
+            ids.pop()
+        surplus = len(ids) - self.text.max_input_tokens
+        if surplus > 0:
+            keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0
+            del ids[keep : keep + surplus]
+        return ids
+
+    def target(self, text: str) -> list[int]:
+        """Token ids of a target, EOS at its end."""
+        return [*self._ids(text, special=False)[: self.text.max_target_tokens - 1], self.eos_id]
+
+    def _ids(self, text: str, *, special: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        return list(ids)
+
+    def row(self, prompt: Sequence[int], target: Sequence[int]) -> dict[str, list[int]]:
+        """Model inputs of one example, and `labels`: labels[t] is what logits[t] should predict."""
+        if self.encoder_decoder:
+            return {
+                "input_ids": list(prompt),
+                "decoder_input_ids": [self.start_id, *target[:-1]],
+                "labels": list(target),
+            }
+        ids = [*prompt, *target]
+        labels = [IGNORED] * (len(prompt) - 1) + list(target)
+        return {"input_ids": ids[:-1], "labels": labels}
+
+    def encode(self, example: Example) -> dict[str, list[int]]:
+        """`row` of an example."""
+        return self.row(self.prompt(example.input), self.target(example.target))
+
+    def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Pad rows on the right into one batch.
+
+        Returns:
+            input_ids, attention_mask and labels, and decoder_input_ids for an
+            encoder-decoder model; int64, shape (B, S).
+        """
+        fill = {"input_ids": self.pad_id, "decoder_input_ids": self.pad_id, "labels": IGNORED}
+        batch = {name: _pad([row[name] for row in rows], fill[name]) for name in rows[0]}
+        batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
+        return batch
+
+
+def _pad(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+
+
+def _read_jsonl(path: Path, split: str | None) -> Iterator[Example]:
+    if not path.is_file():
+        raise DataError(f"no data file {path}", expected="a .jsonl or .jsonl.gz file", fix="check the path")
+    try:
+        with _open_text(path) as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    row = _parse_line(path, number, line)
+                    if split is None or row.get("split", split) == split:
+                        yield _example(f"{path}, line {number}", row)
+    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}", found=str(error), expected="UTF-8 text, gzipped if .gz") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
+
+
+def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}, line {number} is not JSON",
+            found=f"{line.strip()[:60]!r}: {error.msg}",
+            expected='{"input": "...", "target": "..."}',
+            fix="mend or delete the line",
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number} is not an object", found=type(row).__name__, expected="a JSON object")
+    return row
+
+
+def _example(where: str, row: dict[str, Any]) -> Example:
+    for name in ("input", "target"):
+        if not isinstance(row.get(name), str):
+            raise DataError(
+                f"{where} has no text {name!r}",
+                found=f"fields {sorted(row)}" if name not in row else f"{name}: {row[name]!r}",
+                expected="strings `input` and `target`",
+                fix="rename the fields of your data",
+            )
+    choices = row.get("choices")
+    if choices is not None and not (isinstance(choices, list) and all(isinstance(c, str) for c in choices)):
+        raise DataError(f"{where} has odd choices", found=repr(choices)[:60], expected="a list of strings, or null")
+    return Example(input=row["input"], target=row["target"], choices=tuple(choices) if choices else None)
+
+
+def _read_dataset(source: str, split: str) -> list[Example]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{source} is no .jsonl file, and `datasets` is not installed", fix="pip install 'phatgoose[datasets]'"
+        ) from error
+    name, _, config = source.partition(":")
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError(
+            f"cannot load dataset {source!r}, split {split!r}",
+            found=str(error).splitlines()[0],
+            expected="a .jsonl file, or a dataset's name",
+        ) from error
+    return [_example(f"{source}, row {i}", dict(row)) for i, row in enumerate(rows)]

@@ -1,0 +1,65 @@
+"""Mixing LoRA updates: one operation, several backends, one file each.
+
+    y[n] = sum over k of weights[n, k] * B[ids[n, k]] A[ids[n, k]] x[n]
+
+Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
+R rank. Backends take plain tensors and know nothing of models.
+
+The rule of "auto" (`choose`) is documented with its measurements in
+docs/performance.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Literal, TypeAlias, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "gather", "grouped", "dense"]
+BACKENDS: tuple[str, ...] = get_args(Backend)
+
+# (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
+MixLoras: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def mix_loras(
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    weights_NK: torch.Tensor,
+    expert_ids_NK: torch.Tensor,
+    backend: Backend = "auto",
+) -> torch.Tensor:
+    """Weighted sum of each token's chosen LoRA updates.
+
+    Args:
+        x_NI: activations, in the dtype of a_ERI.
+        a_ERI: down-projections.
+        b_ERO: up-projections with the scale folded in.
+        weights_NK: routing weights, any float dtype.
+        expert_ids_NK: int64 in [0, E).
+        backend: which implementation; all give the same result up to rounding.
+
+    Returns:
+        y_NO in the dtype of x_NI.
+    """
+    if backend == "auto":
+        backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
+    return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
+
+
+def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
+    """The backend for a shape. Depends on nothing else, so that equal calls run equal code."""
+    if num_tokens * top_k <= 16:
+        return "gather"
+    if num_experts * rank <= 128:
+        return "dense"
+    return "grouped"
+
+
+def load(backend: Backend) -> MixLoras:
+    """A backend's function. Backends are imported when first used."""
+    function: MixLoras = getattr(import_module(f"phatgoose.kernels.{backend}"), "mix_loras")
+    return function

@@ -1,0 +1,53 @@
+"""PHATGOOSE: match each token with the experts' trained gates (paper section 3.2).
+
+    v' = (v - mean v) / std v      once per expert and site
+    u' = (u - mean u) / std u      per token
+    score = v' . u' / sqrt(I)
+
+Official code: LayerNorm without affine parameters on both (biased variance,
+eps 1e-5), softmax over all experts, top-k, divided by (sum + 1e-6). The softmax
+over the top-k here is the same up to that 1e-6.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from phatgoose.config import RouterConfig
+from phatgoose.routers import Router
+from phatgoose.stack import SiteStack
+
+
+class Phatgoose(Router):
+    """Scores are standardised gates times standardised activations."""
+
+    needs = frozenset({"adapter", "gate"})
+    gates_EI: torch.Tensor
+
+    def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
+        super().__init__(stack, config)
+        assert stack.gates_EI is not None
+        self.eps = config.eps
+        # 1/sqrt(I) is folded in
+        gates_EI = standardise(stack.gates_EI, config.eps) / math.sqrt(stack.gates_EI.shape[1])
+        self.register_buffer("gates_EI", gates_EI, persistent=False)
+
+    def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """See `Router.scores`."""
+        x_NI = x_NI.float()
+        # v' has mean 0, so subtracting u's mean changes nothing: one product and
+        # one scalar per token
+        rstd_N1 = torch.rsqrt(x_NI.var(dim=-1, correction=0, keepdim=True) + self.eps)
+        return (x_NI @ self.gates_EI.T) * rstd_N1
+
+
+def standardise(v_EI: torch.Tensor, eps: float) -> torch.Tensor:
+    """Rows with mean 0 and variance 1 (biased; eps is added to the variance).
+
+    A constant row, such as an untrained gate of zeros, becomes zeros also for eps = 0.
+    """
+    centred_EI = v_EI - v_EI.mean(dim=-1, keepdim=True)
+    variance_E1 = centred_EI.square().mean(dim=-1, keepdim=True) + eps
+    return torch.where(variance_E1 > 0, centred_EI * torch.rsqrt(variance_E1), 0.0)
