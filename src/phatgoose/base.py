@@ -102,6 +102,23 @@ def load_base(
     return model.eval()
 
 
+def empty_base(name: str, revision: str | None = None) -> PreTrainedModel:
+    """A base model's modules without weights, for checking shapes; see `load_base`.
+
+    Raises:
+        BaseModelError: its config cannot be found.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base_source(name), revision=revision)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    model.config._name_or_path = name
+    return model
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a base model; see `load_base`. A missing pad token becomes EOS.
 

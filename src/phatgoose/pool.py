@@ -14,13 +14,13 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from phatgoose.errors import ConfigError, PhatgooseError, PoolError
+from phatgoose.errors import PhatgooseError, PoolError
 from phatgoose.expert import Expert
 from phatgoose.files import new_folder, sha256, write_json
 
@@ -102,13 +102,7 @@ class Pool:
             PoolError: the folder exists and is not empty.
         """
         folder = Path(folder)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise PoolError(
-                f"cannot create a pool in {folder}",
-                found="a pool" if (folder / MANIFEST).is_file() else "a file, or a folder that is not empty",
-                expected="no folder, or an empty one",
-                fix="choose another folder",
-            )
+        check_new_folder(folder)
         pool = cls(folder, BaseId(name=base, revision=revision), ())
         with new_folder(folder) as temporary:
             write_json(temporary / MANIFEST, pool._manifest())
@@ -157,6 +151,7 @@ class Pool:
         Raises:
             PoolError: no such expert.
             AdapterError: its folder is damaged.
+            HubError: it cannot be downloaded.
         """
         if name not in self._experts:
             self._experts[name] = Expert(self._expert_folder(self.entry(name)), name)
@@ -192,7 +187,12 @@ class Pool:
         return Pool(self.folder, self.base, [self.entry(name) for name in names])
 
     def add(
-        self, adapter: str | Path, name: str | None = None, *, source: str | None = None, hub: dict[str, str] | None = None
+        self,
+        adapter: str | Path,
+        name: str | None = None,
+        *,
+        source: str | None = None,
+        hub: dict[str, str] | None = None,
     ) -> Entry:
         """Copy an adapter, and its gate if it has one, into the pool.
 
@@ -208,19 +208,39 @@ class Pool:
         """
         expert = Expert(adapter, name)
         with self._changing():
-            if expert.name in self.names:
-                raise PoolError(
-                    f"pool {self.folder} already has an expert {expert.name!r}",
-                    expected="a new name",
-                    fix=f"phatgoose pool add {self.folder} {adapter} --name OTHER, "
-                    f"or first: phatgoose pool remove {self.folder} {expert.name}",
-                )
-            self._check_fits(expert)
-            for _ in expert.adapter.load():  # damaged weights stay out
-                pass
-            if expert.has_gate:
-                expert.load_gate()
+            self._check_name_is_free(expert.name, adapter)
+            self._check_expert(expert)
             entry = self._copy_in(expert, source or expert.folder.resolve().name, hub)
+            self._commit([*self.entries, entry])
+        return entry
+
+    def link(self, repo: str, name: str | None = None, revision: str | None = None) -> Entry:
+        """Add an expert that stays on the hub: the manifest pins its commit and its files' sha256.
+
+        Args:
+            repo: hub repository of a PEFT adapter, with or without a gate.
+            name: in the pool; the last part of `repo` if None.
+            revision: branch, tag or commit of the repository; its main branch if None.
+
+        Raises:
+            PoolError: the name is taken, or the adapter has another base.
+            AdapterError, GateError: its files are damaged.
+            HubError: it cannot be downloaded.
+        """
+        from phatgoose.hub import download_expert, resolve_revision
+
+        commit = resolve_revision(repo, revision)
+        expert = Expert(download_expert(repo, commit), name if name is not None else repo.split("/")[-1])
+        entry = Entry(
+            name=expert.name,
+            path=None,
+            hub={"repo": repo, "revision": commit},
+            source=f"{repo}@{commit}",
+            files={file.name: sha256(file) for file in sorted(expert.files())},
+        )
+        with self._changing():
+            self._check_name_is_free(expert.name, repo)
+            self._check_expert(expert)
             self._commit([*self.entries, entry])
         return entry
 
@@ -234,11 +254,7 @@ class Pool:
         expert = Expert(adapter, name)
         with self._changing():
             old = self.entry(name)
-            self._check_fits(expert)
-            for _ in expert.adapter.load():
-                pass
-            if expert.has_gate:
-                expert.load_gate()
+            self._check_expert(expert)
             entry = self._copy_in(expert, old.source, old.hub)
             self._commit([entry if e.name == name else e for e in self.entries])
         return entry
@@ -291,14 +307,24 @@ class Pool:
                     expected="one shape per site",
                     fix=f"phatgoose pool remove {self.folder} {entry.name}",
                 )
-        for _ in expert.adapter.load():
-            pass
-        if expert.has_gate:
-            expert.load_gate()
+        _check_tensors(expert)
         if model is not None:
             from phatgoose.sites import check_sites
 
             check_sites(model, [expert])
+
+    def _check_name_is_free(self, name: str, adapter: str | Path) -> None:
+        if name in self.names:
+            raise PoolError(
+                f"pool {self.folder} already has an expert {name!r}",
+                expected="a new name",
+                fix=f"phatgoose pool add {self.folder} {adapter} --name OTHER, "
+                f"or first: phatgoose pool remove {self.folder} {name}",
+            )
+
+    def _check_expert(self, expert: Expert) -> None:
+        self._check_fits(expert)
+        _check_tensors(expert)
 
     def _check_fits(self, expert: Expert) -> None:
         config = expert.adapter.config
@@ -370,6 +396,25 @@ def containing_pool(folder: Path) -> tuple[Pool, str] | None:
         if entry.path is not None and (root / entry.path) == folder:
             return pool, entry.name
     return None
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise PoolError unless a new pool may be made at `folder`: nothing, or an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise PoolError(
+            f"cannot create a pool in {folder}",
+            found="a pool" if (folder / MANIFEST).is_file() else "a file, or a folder that is not empty",
+            expected="no folder, or an empty one",
+            fix="choose another folder",
+        )
+
+
+def _check_tensors(expert: Expert) -> None:
+    # reads every tensor once, so that damaged weights stay out
+    for _ in expert.adapter.load():
+        pass
+    if expert.has_gate:
+        expert.load_gate()
 
 
 def _parse_manifest(path: Path, raw: Any) -> tuple[BaseId, list[Entry]]:

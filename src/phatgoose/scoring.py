@@ -101,10 +101,10 @@ def target_losses(
             batch = {k: v.to(model.device) for k, v in encoder.collate([rows[i] for i in batch_ids]).items()}
             labels_BS = batch.pop("labels")
             logits_BSV = model(**batch).logits
-            per_token = F.cross_entropy(
-                logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED, reduction="none"
-            )
-            for i, loss in zip(batch_ids, per_token.view(labels_BS.shape).sum(1).tolist(), strict=True):
+            counts_BS = labels_BS != IGNORED
+            losses_BS = torch.zeros(labels_BS.shape, device=labels_BS.device)
+            losses_BS[counts_BS] = F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS], reduction="none")
+            for i, loss in zip(batch_ids, losses_BS.sum(1).tolist(), strict=True):
                 losses[i] = loss
             start += len(batch_ids)
             bar.update(len(batch_ids))

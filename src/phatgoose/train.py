@@ -166,7 +166,9 @@ def train_gate(
 
 def target_loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over the labels that count; labels[t] belongs to logits[t]."""
-    return F.cross_entropy(logits_BSV.float().flatten(0, 1), labels_BS.flatten(), ignore_index=IGNORED)
+    # Prompts are long and targets short: fp32 copies of the logits are made for the targets alone
+    counts_BS = labels_BS != IGNORED
+    return F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS])
 
 
 class _TargetTrainer(Trainer):

@@ -37,7 +37,7 @@ def mix_loras(
     h_MR = h_MR * weights_NK.reshape(-1)[order_M].to(h_MR.dtype).unsqueeze(1)
     y_MO = F.grouped_mm(h_MR, b_ERO, offs=ends_E)
     back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.numel(), device=x_NI.device))
-    return y_MO[back_M].view(num_tokens, top_k, -1).sum(1)[:, :out_features]
+    return y_MO[back_M].view(num_tokens, top_k, y_MO.shape[1]).sum(1)[:, :out_features]
 
 
 def _pad(t: torch.Tensor, step: int, dim: int = -1) -> torch.Tensor:

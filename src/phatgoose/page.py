@@ -1,0 +1,100 @@
+"""One HTML page that shows how a pool's experts routed each token at each layer.
+
+The page carries everything it needs and loads nothing, so it can be mailed,
+archived or opened from a disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from phatgoose.files import replacing
+
+TEMPLATE = "page.html.jinja"
+# What a routing weight is multiplied by in the page: integers take half the space of decimals.
+UNIT = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One prompt on the page.
+
+    Attributes:
+        prompt: as the user wrote it.
+        base_answer: of the base model alone; None to leave it out.
+        pool_answer: of the routed model.
+        routing: what `phatgoose.routing_table.to_json` made of its trace.
+    """
+
+    prompt: str
+    base_answer: str | None
+    pool_answer: str
+    routing: dict[str, Any]
+
+
+def write_page(
+    path: str | Path, samples: Sequence[Sample], *, pool_name: str, base: str, router: str, top_k: int
+) -> None:
+    """Write the page; an older file at `path` is replaced as one step.
+
+    Args:
+        path: of the .html file.
+        samples: at least one, all from one pool.
+        pool_name: as people should read it.
+        base: name of the base model.
+        router: name of the router.
+        top_k: experts per token and site.
+
+    Raises:
+        ValueError: no sample, or samples from different pools.
+    """
+    if not samples:
+        raise ValueError("a page needs at least one sample")
+    experts = samples[0].routing["experts"]
+    if any(sample.routing["experts"] != experts for sample in samples):
+        raise ValueError("the samples of a page must come from one pool")
+    html = _template().render(
+        samples=[asdict(sample) for sample in samples],
+        routings=[_packed(sample.routing) for sample in samples],
+        experts=experts,
+        pool_name=pool_name,
+        base=base,
+        router=router,
+        top_k=top_k,
+        unit=UNIT,
+    )
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(html, encoding="utf-8")
+
+
+def _template() -> Any:
+    environment = Environment(
+        loader=PackageLoader("phatgoose", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # `tojson` writes <, >, & and ' as \u003c and so on: no text can close the script element
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.get_template(TEMPLATE)
+
+
+def _packed(routing: dict[str, Any]) -> dict[str, Any]:
+    """What the page's script reads: `to_json` with weights as integers."""
+    keys = ("tokens", "num_prompt", "streams", "layers", "kinds")
+    numbers = ("token_shares", "weights", "layer_weights")
+    return {key: routing[key] for key in keys} | {key: _integers(routing[key]) for key in numbers}
+
+
+def _integers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _integers(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_integers(inner) for inner in value]
+    return None if value is None else round(value * UNIT)
