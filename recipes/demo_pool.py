@@ -91,7 +91,11 @@ def train_expert(args: argparse.Namespace, name: str) -> str:
     common = {"batch_size": args.batch_size, "dtype": args.dtype}
     if not folder.exists():
         config = AdapterTrainingConfig(
-            rank=args.rank, steps=args.steps, learning_rate=args.learning_rate, save_steps=max(1, args.steps // 4), **common
+            rank=args.rank,
+            steps=args.steps,
+            learning_rate=args.learning_rate,
+            save_steps=max(1, args.steps // 4),
+            **common,
         )
         validation = read_examples(source, "validation")[:64]
         train_adapter(model, tokenizer, examples, folder, config=config, validation=validation, save_dtype="bf16")

@@ -96,9 +96,7 @@ class OptimizerConfig:
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError("warmup_ratio must lie between 0 and 1", found=str(self.warmup_ratio))
         if self.learning_rate <= 0 or self.clip <= 0:
-            raise ConfigError(
-                "learning_rate and clip must be positive", found=f"{self.learning_rate} and {self.clip}"
-            )
+            raise ConfigError("learning_rate and clip must be positive", found=f"{self.learning_rate} and {self.clip}")
         if self.dtype not in ("fp32", "bf16"):
             raise ConfigError("unknown dtype", found=str(self.dtype), expected="fp32 or bf16")
 

@@ -153,7 +153,9 @@ def _check_complete(checkpoint: Path, experts: dict[int, _Parts]) -> None:
             )
         ranks = {a_RI.shape[0] for a_RI in parts.a_RI.values()}
         if len(ranks) != 1:
-            raise CheckpointError(f"{checkpoint}: expert {i} has several ranks", found=str(sorted(ranks)), expected="one")
+            raise CheckpointError(
+                f"{checkpoint}: expert {i} has several ranks", found=str(sorted(ranks)), expected="one"
+            )
 
 
 def _write_expert(checkpoint: Path, folder: Path, parts: _Parts, base: str, encoder_decoder: bool) -> None:

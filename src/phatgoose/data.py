@@ -79,7 +79,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.text = text
         self.encoder_decoder = bool(config.is_encoder_decoder)
-        self.start_id = config.decoder_start_token_id if self.encoder_decoder else None
+        self.start_id: int = config.decoder_start_token_id if self.encoder_decoder else -1
         if tokenizer.eos_token_id is None:
             raise DataError("the base model's tokenizer has no EOS token", expected="a token that ends a target")
         self.eos_id: int = tokenizer.eos_token_id
@@ -101,6 +101,14 @@ class Encoder:
     def target(self, text: str) -> list[int]:
         """Token ids of a target, EOS at its end."""
         return [*self._ids(text, special=False)[: self.text.max_target_tokens - 1], self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def piece(self, token_id: int) -> str:
+        """Text of one token, special or not."""
+        return str(self.tokenizer.decode([token_id]))
 
     def _ids(self, text: str, *, special: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]

@@ -22,7 +22,8 @@ from phatgoose.routing_table import to_json
 # Written for the demo. None is a row, or the wording, of a dataset that an expert was
 # trained on; some are of kinds that no expert knows (mail, offers, weather).
 PROMPTS = (
-    "A customer wrote: the kettle broke after two days and nobody answered my letters. Is the customer happy or unhappy?",
+    "A customer wrote: the kettle broke after two days and nobody answered my letters. "
+    "Is the customer happy or unhappy?",
     "Which department should read this mail: Sports, Finance or Science?\n\n"
     "The club signed a new goalkeeper on Monday, two days before the cup final.",
     "Do these two messages ask for the same thing? Yes or no?\n\n"
@@ -56,9 +57,7 @@ def run_demo(folder: Path, html: Path, *, top_k: int, max_new_tokens: int) -> No
         encoder = Encoder(load_tokenizer(pool.base.name, pool.base.revision), model.config, TextConfig())
     config = GenerationConfig(max_new_tokens=max_new_tokens)
 
-    base_answers = [
-        answer(model, encoder, prompt, config) for prompt in track(PROMPTS, "base model", console=console)
-    ]
+    base_answers = [answer(model, encoder, prompt, config) for prompt in track(PROMPTS, "base model", console=console)]
     routed = RoutedModel.from_pool(model, pool, top_k=top_k)
     samples = [
         routed_sample(routed, encoder, prompt, config, base_answer)
@@ -77,7 +76,7 @@ def routed_sample(
     """Answer one prompt with the pool and keep the routing."""
     found, trace = traced_answer(model, encoder, text, config)
     written = [encoder.start_id, *found.answer_ids] if encoder.encoder_decoder else found.answer_ids
-    tokens = [encoder.tokenizer.decode([i]) for i in [*found.prompt_ids, *written]]
+    tokens = [encoder.piece(i) for i in [*found.prompt_ids, *written]]
     routing = to_json(trace, tokens, len(found.prompt_ids), encoder_decoder=encoder.encoder_decoder)
     return Sample(
         prompt=text,

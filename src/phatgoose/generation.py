@@ -69,13 +69,11 @@ def answer(model: Any, encoder: Encoder, text: str, config: GenerationConfig) ->
     return Answer(
         prompt_ids=prompt_ids,
         answer_ids=answer_ids,
-        text=encoder.tokenizer.decode(answer_ids, skip_special_tokens=True).strip(),
+        text=encoder.decode(answer_ids).strip(),
     )
 
 
-def traced_answer(
-    model: RoutedModel, encoder: Encoder, text: str, config: GenerationConfig
-) -> tuple[Answer, Trace]:
+def traced_answer(model: RoutedModel, encoder: Encoder, text: str, config: GenerationConfig) -> tuple[Answer, Trace]:
     """`answer`, and the routing of every token that the model read (all but the last that it wrote)."""
     with model.trace() as trace:
         found = answer(model, encoder, text, config)

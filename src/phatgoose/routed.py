@@ -57,7 +57,14 @@ class RoutedLinear(nn.Module):
         routing = self.router(x_NI)
         if self.record is not None:
             self.record.append(routing, x.shape[:-1])
-        update_NO = kernels.mix_loras(x_NI.to(self.a_ERI.dtype), self.a_ERI, self.b_ERO, *routing, self.backend)
+        update_NO = kernels.mix_loras(
+            x_NI.to(self.a_ERI.dtype),
+            self.a_ERI,
+            self.b_ERO,
+            routing.weights_NK,
+            routing.expert_ids_NK,
+            self.backend,
+        )
         return y + update_NO.view(y.shape).to(y.dtype)
 
     # Models look at these of their linear layers (T5 reads wo.weight.dtype).

@@ -1,6 +1,6 @@
 """Scores of a model on examples: loss on the targets, and rank classification.
 
-Axes: B sequences, S positions, V vocabulary.
+Axes: B sequences, S positions, V vocabulary, M target tokens of a batch.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ def target_losses(
             logits_BSV = model(**batch).logits
             counts_BS = labels_BS != IGNORED
             losses_BS = torch.zeros(labels_BS.shape, device=labels_BS.device)
-            losses_BS[counts_BS] = F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS], reduction="none")
+            logits_MV = logits_BSV[counts_BS].float()
+            losses_BS[counts_BS] = F.cross_entropy(logits_MV, labels_BS[counts_BS], reduction="none")
             for i, loss in zip(batch_ids, losses_BS.sum(1).tolist(), strict=True):
                 losses[i] = loss
             start += len(batch_ids)

@@ -79,7 +79,7 @@ def train_adapter(
     targets = config.target_modules
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha if config.alpha is not None else config.rank,
+        lora_alpha=config.alpha if config.alpha is not None else config.rank,  # type: ignore[arg-type]
         target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         revision=base_id(model).revision,
@@ -235,8 +235,8 @@ def _run_trainer(
     trainer = _TargetTrainer(
         model=model,
         args=arguments,
-        train_dataset=[encoder.encode(example) for example in examples],  # type: ignore[arg-type]
-        eval_dataset=[encoder.encode(example) for example in validation] or None,  # type: ignore[arg-type]
+        train_dataset=[encoder.encode(example) for example in examples],
+        eval_dataset=[encoder.encode(example) for example in validation] or None,
         data_collator=collate,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
@@ -291,4 +291,3 @@ def _save_adapter(peft_model: Any, folder: Path, base: str, dtype: torch.dtype) 
 
 def _is_main_process() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-

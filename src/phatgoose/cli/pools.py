@@ -29,7 +29,9 @@ def create(
 def add(
     pool: PoolFolder,
     adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder, or a hub repository (org/name).")],
-    name: Annotated[str | None, typer.Option(help="In the pool; the folder's or repository's name if not given.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="In the pool; the folder's or repository's name if not given.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Of the adapter's hub repository.")] = None,
     link: Annotated[bool, typer.Option("--link", help="Leave the files on the hub; pin their revision.")] = False,
 ) -> None:

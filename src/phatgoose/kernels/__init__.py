@@ -61,5 +61,5 @@ def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
 
 def load(backend: Backend) -> MixLoras:
     """A backend's function. Backends are imported when first used."""
-    function: MixLoras = getattr(import_module(f"phatgoose.kernels.{backend}"), "mix_loras")
+    function: MixLoras = import_module(f"phatgoose.kernels.{backend}").mix_loras
     return function

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch.nn import functional as F
 
 from phatgoose.config import RouterConfig
 from phatgoose.routers import Router
@@ -36,11 +37,8 @@ class Phatgoose(Router):
 
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
         """See `Router.scores`."""
-        x_NI = x_NI.float()
-        # v' has mean 0, so subtracting u's mean changes nothing: one product and
-        # one scalar per token
-        rstd_N1 = torch.rsqrt(x_NI.var(dim=-1, correction=0, keepdim=True) + self.eps)
-        return (x_NI @ self.gates_EI.T) * rstd_N1
+        x_NI = F.layer_norm(x_NI.float(), x_NI.shape[-1:], eps=self.eps)
+        return x_NI @ self.gates_EI.T
 
 
 def standardise(v_EI: torch.Tensor, eps: float) -> torch.Tensor:
