@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from phatgoose.adapter import WEIGHTS_FILE, Adapter
+from phatgoose.errors import PhatgooseError
 from phatgoose.files import sha256
 from phatgoose.gate import GateProvenance, save_gate
 from phatgoose.pool import Pool
@@ -41,22 +42,23 @@ def one_thread() -> Iterator[None]:
     yield
 
 
-def llama() -> PreTrainedModel:
+def llama(**changes: Any) -> PreTrainedModel:
     """Grouped-query attention, and a width that is no multiple of 8."""
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=EOS,
-        tie_word_embeddings=False,
-    )
+    options: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.2,
+        "pad_token_id": PAD,
+        "bos_token_id": None,
+        "eos_token_id": EOS,
+        "tie_word_embeddings": False,
+    }
+    config = LlamaConfig(**(options | changes))
     return _named(LlamaForCausalLM, config, "tiny-llama")
 
 
@@ -207,6 +209,16 @@ def files_of(folder: Path) -> dict[str, str]:
     """Every file below `folder` with its checksum (but not the lock, which is always empty)."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
     return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
+
+
+def fails(error: type[PhatgooseError], *words: str, action: Callable[[], Any]) -> PhatgooseError:
+    """Check that `action` raises exactly `error`, with all `words` in what people read."""
+    with pytest.raises(PhatgooseError) as caught:
+        action()
+    assert type(caught.value) is error, caught.value
+    for word in words:
+        assert word in str(caught.value)
+    return caught.value
 
 
 def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 1e-5) -> None:

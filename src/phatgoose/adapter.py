@@ -91,6 +91,7 @@ class AdapterConfig:
                 fix="convert it with peft's save_as_lora, or leave it out",
             )
         _reject_variants(folder, raw)
+        _check_values(folder, raw)
         return cls(
             base=raw.get("base_model_name_or_path") or "",
             revision=raw.get("revision"),
@@ -228,6 +229,45 @@ def _reject_variants(folder: Path, raw: dict[str, Any]) -> None:
             expected="plain LoRA or rsLoRA on an unchanged base",
             fix="convert it with peft's save_as_lora, or train it again with plain LoRA",
         )
+
+
+def _check_values(folder: Path, raw: dict[str, Any]) -> None:
+    ranks, alphas = raw.get("rank_pattern") or {}, raw.get("alpha_pattern") or {}
+    wrong = [
+        key
+        for key, is_right in {
+            "r": _is_rank(raw["r"]),
+            "lora_alpha": _is_number(raw["lora_alpha"]),
+            "use_rslora": isinstance(raw.get("use_rslora", False), bool),
+            "rank_pattern": _is_pattern(ranks) and all(map(_is_rank, ranks.values())),
+            "alpha_pattern": _is_pattern(alphas) and all(map(_is_number, alphas.values())),
+            "base_model_name_or_path": isinstance(raw.get("base_model_name_or_path"), str | None),
+            "revision": isinstance(raw.get("revision"), str | None),
+        }.items()
+        if not is_right
+    ]
+    if wrong:
+        raise AdapterError(
+            f"cannot use {folder / CONFIG_FILE}",
+            found=f"{wrong[0]}: {raw.get(wrong[0])!r}",
+            expected="what PEFT's LoraConfig writes there",
+            fix="save the adapter again with PEFT's save_pretrained",
+        )
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, dict) and all(re.compile(pattern) for pattern in value)
+    except re.error:
+        return False
 
 
 def _pair_keys(folder: Path, keys: list[str]) -> dict[str, tuple[str, str]]:

@@ -101,11 +101,11 @@ def load_gate(adapter: Adapter) -> dict[str, torch.Tensor]:
     return vectors
 
 
-def _check_provenance(folder: Path, provenance: dict[str, Any], again: str) -> None:
-    if provenance.get("format") != FORMAT:
+def _check_provenance(folder: Path, provenance: Any, again: str) -> None:
+    if not isinstance(provenance, dict) or provenance.get("format") != FORMAT:
         raise GateError(
             f"{folder / GATE_FILE} has an unknown format",
-            found=str(provenance.get("format")),
+            found=str(provenance.get("format") if isinstance(provenance, dict) else provenance)[:60],
             expected=str(FORMAT),
             fix="install the phatgoose that wrote it, or " + again,
         )
