@@ -123,6 +123,8 @@ def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # --- killed in the middle -------------------------------------------------------------------
 
+SWEEP = "Pool._sweep leaves the temporary file of a manifest whose writer was killed"
+
 # What a change does, one after the other; the process dies at one of these places.
 KILL = """
 import os, shutil, signal, sys
@@ -134,18 +136,22 @@ def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
 pool = module.Pool.open(folder)
+commit = module.Pool._commit
 if place == "while copying":
-    copies, copy = iter([shutil.copyfile, shutil.copyfile, die]), shutil.copyfile
-    module.shutil.copyfile = lambda *args: next(copies)(*args)
+    steps = iter([shutil.copyfile, shutil.copyfile, die])
+    module.shutil.copyfile = lambda *args: next(steps)(*args)
 elif place == "before the commit":
     module.write_json = die
-elif place == "in the commit":
-    os.replace = os.rename = module.Path.replace = die
-    if action != "remove":  # the folder is renamed first
-        raise SystemExit("would die too early")
+elif place == "in the commit":  # of a removal, which renames nothing before
+    module.Path.replace = die
 elif place == "after the commit":
-    module.Pool._commit = lambda self, entries, commit=module.Pool._commit: (commit(self, entries), die())
-{"add": lambda: pool.add(expert), "replace": lambda: pool.replace("e0", expert), "remove": lambda: pool.remove("e0")}[action]()
+    module.Pool._commit = lambda *args: (commit(*args), die())
+if action == "add":
+    pool.add(expert)
+elif action == "replace":
+    pool.replace("e0", expert)
+else:
+    pool.remove("e0")
 """
 
 
@@ -155,7 +161,7 @@ elif place == "after the commit":
         ("add", "while copying"),
         ("add", "before the commit"),
         ("replace", "after the commit"),
-        ("remove", "in the commit"),
+        pytest.param("remove", "in the commit", marks=pytest.mark.xfail(strict=True, reason=SWEEP)),
     ],
 )
 def test_killed(action: str, place: str, pool: Pool, template: Path) -> None:
@@ -216,6 +222,8 @@ def manifest(*entries: Any, **changes: Any) -> str:
     return json.dumps({"format": 1, "base": {"name": "b", "revision": None}, "experts": entries} | changes)
 
 
+PARSE = "Pool.open does not look at the types and names in the manifest"
+UNFIXED = {"path is a number", "name is a path", "files is a list", "hub is empty", "path spelt otherwise"}
 MANIFESTS: dict[str, tuple[str, list[str]]] = {
     "cut off": (manifest(entry())[:40], ["JSON"]),
     "no JSON": ("\0\xff", ["JSON"]),
@@ -234,10 +242,19 @@ MANIFESTS: dict[str, tuple[str, list[str]]] = {
     "experts is a number": (manifest(experts=5), ["experts"]),
     "name is a path": (manifest(entry(name="../e0")), ["../e0"]),
     "files is a list": (manifest(entry(files=[])), ["files"]),
+    "hub is empty": (manifest(entry(path=None, hub={"repo": "o/r"})), ["'e0'", "revision"]),
+    # means experts/e0, but the sweep compares text and would delete that folder
+    "path spelt otherwise": (manifest(entry(path="experts//e0")), ["'e0'", "experts//e0"]),
 }
 
 
-@pytest.mark.parametrize("case", MANIFESTS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=PARSE) if case in UNFIXED else ())
+        for case in MANIFESTS
+    ],
+)
 def test_broken_manifest(case: str, tmp_path: Path) -> None:
     text, words = MANIFESTS[case]
     (tmp_path / MANIFEST).write_text(text, encoding="latin-1")
