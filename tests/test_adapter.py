@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS, TARGETS, assert_close, fill_pool, gpt2, llama, make_adapter, make_expert, model_inputs, t5
-from peft import PeftModel
+from conftest import (
+    MODELS,
+    TARGETS,
+    assert_close,
+    fails,
+    fill_pool,
+    gpt2,
+    llama,
+    make_adapter,
+    make_expert,
+    model_inputs,
+    provenance,
+    t5,
+)
+from peft import IA3Config, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from phatgoose.adapter import Adapter
+from phatgoose.errors import AdapterError, GateError
+from phatgoose.gate import load_gate, save_gate
 from phatgoose.pool import Pool
 from phatgoose.routed import RoutedModel
 
@@ -161,3 +178,95 @@ def test_order_of_sites_follows_the_targets(tmp_path: Path) -> None:
     """All the linear layers of an encoder-decoder model, and only those."""
     found = set(Adapter(make_adapter(t5, tmp_path / "a")).shapes)
     assert found == {name for name, _ in t5().named_modules() if name.rsplit(".", 1)[-1] in TARGETS["t5"]}
+
+
+# What PEFT can save and a sum of low-rank updates cannot express
+UNROUTABLE: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "use_dora"),
+    "bias": ({"bias": "lora_only"}, "bias 'lora_only'"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias"),
+    "modules_to_save": ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    "token indices": ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "'pissa'"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "'olora'"),
+    "aLoRA": ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+    "embedding": ({"target_modules": ["wte", "c_attn"]}, "wte"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", UNROUTABLE)
+def test_what_cannot_be_routed_is_refused(case: str, tmp_path: Path) -> None:
+    options, word = UNROUTABLE[case]
+    folder = make_adapter(gpt2, tmp_path / "strange", **options)
+    error = fails(AdapterError, str(folder), word, action=lambda: Adapter(folder))
+    assert error.found
+    assert error.expected
+    assert error.fix
+
+
+def test_ia3_is_refused(tmp_path: Path) -> None:
+    config = IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM")
+    get_peft_model(llama(), config).save_pretrained(str(tmp_path))
+    fails(AdapterError, "peft_type 'IA3'", "'LORA'", action=lambda: Adapter(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"r": "eight"},
+        {"r": 0},
+        {"lora_alpha": None},
+        {"lora_alpha": float("nan")},
+        {"use_rslora": "no"},
+        {"rank_pattern": ["q_proj"]},
+        {"rank_pattern": {"q_proj": -1}},
+        {"alpha_pattern": {"(": 1}},
+        {"base_model_name_or_path": 5},
+        {"revision": ["main"]},
+    ],
+    ids=str,
+)
+def test_values_that_peft_never_writes(wrong: dict[str, Any], tmp_path: Path) -> None:
+    path = make_adapter(llama, tmp_path) / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    ((key, value),) = wrong.items()
+    fails(AdapterError, str(path), f"{key}: {value!r}", action=lambda: Adapter(tmp_path))
+
+
+@pytest.mark.parametrize("case", ["half", "strange", "nothing"])
+def test_tensors_that_are_no_lora_pair(case: str, tmp_path: Path) -> None:
+    path = make_adapter(llama, tmp_path) / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+    if case == "half":
+        del tensors[key]
+    elif case == "strange":
+        tensors["base_model.model.lm_head.weight"] = torch.ones(2, 2)
+    save_file({} if case == "nothing" else tensors, path)
+    words = {"half": "layers.0.self_attn.q_proj", "strange": "lm_head.weight", "nothing": "no tensors"}
+    fails(AdapterError, str(tmp_path), words[case], action=lambda: Adapter(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda v: v.pop("model.layers.0.mlp.up_proj"), "the gate has no site model.layers.0.mlp.up_proj"),
+        (lambda v: v.update(lm_head=torch.ones(3)), "the adapter has no site lm_head"),
+        (lambda v: v.update({"model.layers.0.mlp.up_proj": torch.ones(31)}), "(31,)"),
+    ],
+)
+def test_gate_that_does_not_fit(change: Any, word: str, tmp_path: Path) -> None:
+    adapter = Adapter(make_adapter(llama, tmp_path))
+    vectors = {site: torch.ones(shape.in_features) for site, shape in adapter.shapes.items()}
+    change(vectors)
+    save_gate(tmp_path, vectors, provenance(tmp_path))
+    error = fails(GateError, str(tmp_path), word, action=lambda: load_gate(adapter))
+    assert str(error.fix).startswith("phatgoose gate ")
+
+
+@pytest.mark.parametrize("metadata", [None, {"provenance": "[]"}, {"provenance": '{"format": 2}'}, {"provenance": "{"}])
+def test_gate_of_no_known_format(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    adapter = Adapter(make_adapter(llama, tmp_path))
+    save_file({"x.gate": torch.ones(1)}, tmp_path / "gate.safetensors", metadata=metadata)
+    fails(GateError, "gate.safetensors", "phatgoose gate", action=lambda: load_gate(adapter))

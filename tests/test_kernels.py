@@ -7,7 +7,7 @@ eps. A row mixed up with another is off by 1 / eps such units, so the bounds bel
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -146,3 +146,29 @@ def test_activations_that_are_not_contiguous(backend: str, tmp_path: Path) -> No
         assert not x_BSI.is_contiguous()
         torch.testing.assert_close(linear(x_BSI), linear(x_BSI.contiguous()))
         torch.testing.assert_close(linear(x_BSI)[1, 2], linear(x_SBI[2, 1]))  # a single vector
+
+
+@pytest.mark.parametrize("backend", ["gather", "dense", "grouped", "auto"])
+def test_no_tensor_of_tokens_times_experts_times_outputs(backend: kernels.Backend) -> None:
+    """PEFT's Arrow layer makes one; see docs/performance.md for what ours make."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    self.numel = max(self.numel, tensor.numel())
+            return out
+
+    tokens, experts, rank, features, top_k = 64, 50, 8, 96, 2
+    x_NI = torch.randn(tokens, features)
+    a_ERI, b_ERO = torch.randn(experts, rank, features), torch.randn(experts, rank, features)
+    ids_NK = torch.rand(tokens, experts).topk(top_k).indices
+    with Largest() as seen:
+        kernels.mix_loras(x_NI, a_ERI, b_ERO, torch.full((tokens, top_k), 0.5), ids_NK, backend)
+    assert seen.numel > 0
+    assert seen.numel <= max(tokens * top_k * rank * features, experts * rank * features)
+    assert seen.numel < tokens * experts * features

@@ -180,3 +180,53 @@ def test_bf16(tmp_path: Path) -> None:
     gate_config = GateConfig(steps=3, batch_size=4, dtype="bf16")
     vectors = train_gate(model, make_tokenizer(), Expert(tmp_path / "e"), EXAMPLES, config=gate_config)
     assert {v.dtype for v in vectors.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("last", ["without its state", "with half a state", "without anything"])
+def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint without its last file is passed over, not tripped over."""
+    whole = train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "whole", config=SMALL)
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.train._save_adapter", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "killed", config=SMALL)
+    (checkpoint,) = (tmp_path / "killed.training").glob("checkpoint-6")
+    state = checkpoint / "trainer_state.json"
+    if last == "without its state":
+        state.unlink()
+    elif last == "with half a state":
+        state.write_text(state.read_text()[:40])
+    else:
+        for file in checkpoint.iterdir():
+            file.unlink()
+    killed = train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "killed", config=SMALL)
+    assert all(torch.equal(weights(killed)[name], t) for name, t in weights(whole).items())
+
+
+@pytest.mark.parametrize("what", ["adapter", "gate"])
+def test_a_run_that_could_not_save_its_result(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It trains no further when it is started again: the last checkpoint is the result."""
+
+    def train(name: str) -> Path:
+        if what == "adapter":
+            return train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / name, config=SMALL)
+        if not (tmp_path / name).exists():
+            make_adapter(llama, tmp_path / name)
+        train_gate(llama(), make_tokenizer(), Expert(tmp_path / name), EXAMPLES, config=SHORT_GATE)
+        return tmp_path / name
+
+    def full_disk(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("phatgoose.train._save_adapter" if what == "adapter" else "phatgoose.train.save_gate", full_disk)
+        with pytest.raises(OSError, match="No space left"):
+            train("late")
+    assert not (tmp_path / "late" / "gate.safetensors").exists()
+    file = "adapter_model.safetensors" if what == "adapter" else "gate.safetensors"
+    found, expected = (load_file(train(name) / file) for name in ("late", "whole"))
+    assert all(torch.equal(found[name], t) for name, t in expected.items())

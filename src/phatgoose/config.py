@@ -30,7 +30,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
-        if self.eps < 0:
+        if not self.eps >= 0:  # so written, NaN is refused too
             raise ConfigError("eps must not be negative", found=str(self.eps), expected="0 or more")
         if not self.temperature > 0:
             raise ConfigError("temperature must be positive", found=str(self.temperature), expected="above 0")
@@ -95,8 +95,10 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError("warmup_ratio must lie between 0 and 1", found=str(self.warmup_ratio))
-        if self.learning_rate <= 0 or self.clip <= 0:
+        if not (self.learning_rate > 0 and self.clip > 0):
             raise ConfigError("learning_rate and clip must be positive", found=f"{self.learning_rate} and {self.clip}")
+        if not self.weight_decay >= 0:
+            raise ConfigError("weight_decay must not be negative", found=str(self.weight_decay))
         if self.dtype not in ("fp32", "bf16"):
             raise ConfigError("unknown dtype", found=str(self.dtype), expected="fp32 or bf16")
 
@@ -138,3 +140,5 @@ class AdapterTrainingConfig(OptimizerConfig):
         super().__post_init__()
         if self.rank < 1 or self.save_steps < 1:
             raise ConfigError("rank and save_steps must be at least 1", found=f"{self.rank} and {self.save_steps}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ConfigError("alpha must be positive", found=str(self.alpha), expected="above 0, or None")

@@ -86,17 +86,23 @@ class Encoder:
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of an input, as the model reads them before it answers."""
-        if self.encoder_decoder:
-            return self._ids(text, special=True)[: self.text.max_input_tokens]
-        ids = self._ids(text + self.text.separator, special=True)
-        if ids and ids[-1] == self.eos_id:  # some tokenizers close every text
+        """Token ids of an input, as the model reads them before it answers.
+
+        An input without tokens becomes EOS, which ends whatever came before: a
+        model cannot answer to nothing.
+        """
+        ids = self._ids(text if self.encoder_decoder else text + self.text.separator, special=True)
+        closed = bool(ids) and ids[-1] == self.eos_id
+        if closed and not self.encoder_decoder:  # some tokenizers close every text
             ids.pop()
         surplus = len(ids) - self.text.max_input_tokens
-        if surplus > 0:
+        if surplus > 0 and self.encoder_decoder:
+            end = len(ids) - closed  # EOS stays, as in the tokenizer's own truncation
+            del ids[end - surplus : end]
+        elif surplus > 0:
             keep = 1 if ids[0] == self.tokenizer.bos_token_id else 0
             del ids[keep : keep + surplus]
-        return ids
+        return ids or [self.eos_id]
 
     def target(self, text: str) -> list[int]:
         """Token ids of a target, EOS at its end."""

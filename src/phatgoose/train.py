@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from phatgoose import __version__
 from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -255,10 +255,20 @@ def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
                 expected=f"{run.get(different[0])!r}",
                 fix=f"use the old settings to go on, or delete {work} to begin anew",
             )
-        return get_last_checkpoint(str(work))
+        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder)]
+        return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, run)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer finished a checkpoint; its state is the last file that it writes."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
 
 
 def _describe(

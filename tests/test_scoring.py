@@ -1,0 +1,97 @@
+"""Scores against a plain loop over single requests."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import MODELS, as_text, make_pool, make_tokenizer, token_ids
+
+from phatgoose.config import TextConfig
+from phatgoose.data import Encoder, Example
+from phatgoose.routed import RoutedModel
+from phatgoose.scoring import score, target_losses
+
+KINDS = ["llama", "t5"]
+
+
+def text(length: int, seed: int) -> str:
+    return as_text(token_ids(length, seed=seed).tolist())
+
+
+def examples() -> list[Example]:
+    """Some with choices, of unlike lengths; some without; one with an empty target."""
+    rows = []
+    for i in range(12):
+        choices = tuple(text(1 + (i + c) % 4, 100 * i + c) for c in range(3))
+        rows.append(Example(input=text(1 + 3 * (i % 5), i), target=choices[i % 3], choices=choices))
+    rows += [Example(input=text(4, 50 + i), target=text(6, 60 + i)) for i in range(3)]
+    return [*rows, Example(input=text(4, 70), target="")]
+
+
+def encoder(model: Any) -> Encoder:
+    return Encoder(make_tokenizer(), model.config, TextConfig(separator=" <3> "))
+
+
+@torch.no_grad()
+def plain_loss(model: Any, coder: Encoder, prompt: str, answer: str) -> tuple[float, int]:
+    """Summed loss and count of the answer's tokens: one request, one token at a time."""
+    prompt_ids, answer_ids = coder.prompt(prompt), coder.target(answer)
+    total = 0.0
+    for t, token in enumerate(answer_ids):
+        if model.config.is_encoder_decoder:
+            inputs = {"input_ids": [prompt_ids], "decoder_input_ids": [[0, *answer_ids[:t]]]}
+        else:
+            inputs = {"input_ids": [[*prompt_ids, *answer_ids[:t]]]}
+        logits_V = model(**{name: torch.tensor(ids) for name, ids in inputs.items()}).logits[0, -1]
+        total -= logits_V.double().log_softmax(0)[token].item()
+    return total, len(answer_ids)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_routed", [False, True])
+def test_score_is_the_plain_loop(kind: str, is_routed: bool, tmp_path: Path) -> None:
+    model = MODELS[kind]()
+    if is_routed:
+        model = RoutedModel.from_pool(model, make_pool(MODELS[kind], tmp_path))
+    coder, total, tokens, right = encoder(model), 0.0, 0, []
+    for example in examples():
+        loss, count = plain_loss(model, coder, example.input, example.target)
+        total, tokens = total + loss, tokens + count
+        if example.choices:
+            means = [
+                loss / count for loss, count in (plain_loss(model, coder, example.input, c) for c in example.choices)
+            ]
+            right.append(example.choices[means.index(min(means))] == example.target)
+    assert 0 < sum(right) < len(right)  # else accuracy says nothing
+
+    found = score(model, coder, examples())
+    assert found.loss == pytest.approx(total / tokens, rel=1e-5)
+    assert found.accuracy == sum(right) / len(right)
+    assert (found.num_examples, found.num_choices) == (16, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_do_not_matter(kind: str) -> None:
+    model = MODELS[kind]()
+    coder = encoder(model)
+    pairs = [(coder.prompt(example.input), coder.target(example.target)) for example in examples()]
+    alone = target_losses(model, coder, pairs, batch_tokens=1)
+    for batch_tokens in (30, 100, 10_000):
+        assert target_losses(model, coder, pairs, batch_tokens=batch_tokens) == pytest.approx(alone, rel=1e-5)
+    assert target_losses(model, coder, pairs[::-1]) == pytest.approx(alone[::-1], rel=1e-5)
+
+
+def test_loss_of_long_targets_counts_per_token() -> None:
+    """One mean over all tokens, not a mean of the examples' means."""
+    model = MODELS["llama"]()
+    coder = encoder(model)
+    short, long = Example(input="<5>", target=""), Example(input="<5>", target=text(20, 1))
+    one, other = (score(model, coder, [example]).loss for example in (short, long))
+    both = score(model, coder, [short, long])
+    assert both.loss == pytest.approx((one + 21 * other) / 22, rel=1e-5)
+    assert both.accuracy is None
+    assert not math.isclose(both.loss, (one + other) / 2, rel_tol=1e-3)
