@@ -123,7 +123,6 @@ def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 # --- killed in the middle -------------------------------------------------------------------
 
-SWEEP = "Pool._sweep leaves the temporary file of a manifest whose writer was killed"
 
 # What a change does, one after the other; the process dies at one of these places.
 KILL = """
@@ -161,7 +160,7 @@ else:
         ("add", "while copying"),
         ("add", "before the commit"),
         ("replace", "after the commit"),
-        pytest.param("remove", "in the commit", marks=pytest.mark.xfail(strict=True, reason=SWEEP)),
+        ("remove", "in the commit"),
     ],
 )
 def test_killed(action: str, place: str, pool: Pool, template: Path) -> None:
@@ -222,8 +221,6 @@ def manifest(*entries: Any, **changes: Any) -> str:
     return json.dumps({"format": 1, "base": {"name": "b", "revision": None}, "experts": entries} | changes)
 
 
-PARSE = "Pool.open does not look at the types and names in the manifest"
-UNFIXED = {"path is a number", "name is a path", "files is a list", "hub is empty", "path spelt otherwise"}
 MANIFESTS: dict[str, tuple[str, list[str]]] = {
     "cut off": (manifest(entry())[:40], ["JSON"]),
     "no JSON": ("\0\xff", ["JSON"]),
@@ -248,13 +245,7 @@ MANIFESTS: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=PARSE) if case in UNFIXED else ())
-        for case in MANIFESTS
-    ],
-)
+@pytest.mark.parametrize("case", MANIFESTS)
 def test_broken_manifest(case: str, tmp_path: Path) -> None:
     text, words = MANIFESTS[case]
     (tmp_path / MANIFEST).write_text(text, encoding="latin-1")

@@ -12,6 +12,7 @@ from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraShape
 from phatgoose.errors import ConfigError
 from phatgoose.gate import GATE_CONFIG_FILE, GATE_FILE, has_gate, load_gate
 
+EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # What makes an expert; whatever else lies in its folder is not copied or hashed.
 FILES = (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE, GATE_CONFIG_FILE)
 
@@ -62,7 +63,7 @@ def check_name(name: str) -> str:
     Raises:
         ConfigError: it may not.
     """
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is None:
+    if re.fullmatch(EXPERT_NAME, name) is None:
         raise ConfigError(
             f"an expert cannot be named {name!r}",
             expected="letters, digits, '.', '_' and '-', beginning with a letter or digit",

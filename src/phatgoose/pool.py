@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.expert import Expert
+from phatgoose.expert import EXPERT_NAME, Expert
 from phatgoose.files import new_folder, sha256, write_json
 
 MANIFEST = "pool.json"
@@ -369,7 +370,9 @@ class Pool:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Delete expert folders that no entry names: what a killed command left."""
+        """Delete what a killed command left: expert folders that no entry names, an unfinished manifest."""
+        for unfinished in self.folder.glob(f".{MANIFEST}.*"):
+            unfinished.unlink(missing_ok=True)
         named = {entry.path for entry in self.entries}
         for folder in (self.folder / EXPERTS).glob("*"):
             if folder.relative_to(self.folder).as_posix() not in named:
@@ -436,24 +439,38 @@ def _parse_manifest(path: Path, raw: Any) -> tuple[BaseId, list[Entry]]:
             expected="format, base and experts",
             fix="restore it from a copy, or create the pool again",
         ) from error
+    for entry in entries:
+        _check_entry(path, entry)
     double = sorted({name for name in names if names.count(name) > 1})
     if double:
         raise PoolError(
             f"{path} names two experts {double[0]!r}", expected="unique names", fix="rename one of them in the file"
         )
-    for entry in entries:
-        _check_entry_location(path, entry)
     return base, entries
 
 
-def _check_entry_location(path: Path, entry: Entry) -> None:
+def _check_entry(path: Path, entry: Entry) -> None:
+    """Refuse a line that code further on could not use, or that leads outside the pool."""
+    texts = isinstance(entry.name, str) and isinstance(entry.files, dict) and isinstance(entry.path, str | None)
+    if not texts or re.fullmatch(EXPERT_NAME, entry.name) is None:
+        raise PoolError(
+            f"cannot read {path}",
+            found=f"expert with name {entry.name!r}, path {entry.path!r}, files {type(entry.files).__name__}",
+            expected="a name of letters, digits, '.', '_' and '-', a path, and files with their sha256",
+            fix="restore it from a copy, or create the pool again",
+        )
     if entry.path is None:
-        if not entry.hub:
-            raise PoolError(f"{path}: expert {entry.name!r} has neither a path nor a hub repository")
+        if not entry.hub or not {"repo", "revision"} <= entry.hub.keys():
+            raise PoolError(
+                f"{path}: expert {entry.name!r} has neither a path nor a hub repository",
+                found=f"hub {entry.hub!r}",
+                expected="hub with repo and revision",
+            )
         return
     # A pool from a stranger must not read, or later sweep, outside its own folder.
-    parts = Path(entry.path).parts
-    if len(parts) != 2 or parts[0] != EXPERTS or parts[1] in ("..", "."):
+    # The sweep compares text, so a path has one spelling.
+    folder = entry.path.removeprefix(f"{EXPERTS}/")
+    if folder == entry.path or "/" in folder or folder in ("", ".", ".."):
         raise PoolError(
             f"{path}: expert {entry.name!r} lies outside the pool",
             found=entry.path,
