@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -207,16 +208,20 @@ def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, mon
     assert all(torch.equal(weights(killed)[name], t) for name, t in weights(whole).items())
 
 
+@pytest.mark.parametrize("steps", [5, 6])  # an epoch has 6
 @pytest.mark.parametrize("what", ["adapter", "gate"])
-def test_a_run_that_could_not_save_its_result(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It trains no further when it is started again: the last checkpoint is the result."""
+def test_a_run_that_could_not_save_its_result(
+    what: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It trains no further than `steps` when it is started again."""
+    adapter_config, gate_config = replace(SMALL, steps=steps, save_steps=steps), replace(SHORT_GATE, steps=steps)
 
     def train(name: str) -> Path:
         if what == "adapter":
-            return train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / name, config=SMALL)
+            return train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / name, config=adapter_config)
         if not (tmp_path / name).exists():
             make_adapter(llama, tmp_path / name)
-        train_gate(llama(), make_tokenizer(), Expert(tmp_path / name), EXAMPLES, config=SHORT_GATE)
+        train_gate(llama(), make_tokenizer(), Expert(tmp_path / name), EXAMPLES, config=gate_config)
         return tmp_path / name
 
     def full_disk(*_: Any) -> None:

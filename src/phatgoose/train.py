@@ -255,11 +255,18 @@ def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
                 expected=f"{run.get(different[0])!r}",
                 fix=f"use the old settings to go on, or delete {work} to begin anew",
             )
-        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder)]
-        return str(max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]))) if whole else None
+        # From a checkpoint of the last step the Trainer would train one batch too many:
+        # it looks for the end only after a batch. The last stretch is repeated instead.
+        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
+        return str(max(whole, key=_step)) if whole else None
     work.mkdir(parents=True, exist_ok=True)
     write_json(path, run)
     return None
+
+
+def _step(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint's name says."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _is_whole(checkpoint: Path) -> bool:
