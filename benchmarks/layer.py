@@ -5,34 +5,33 @@
 Methods: the base linear, PEFT with one LoRA, PEFT's Arrow layer, a loop over
 the experts (the official code's way), and ours with each backend; all of them
 with the base layer and, where there is any, with the routing. fp32, rank 16,
-top-2. Rounds go through all methods in turn, so that a busy machine slows all
-of them; the number is the median of the rounds.
+top-2. Medians of interleaved rounds; `peak_mib` is what a call allocates at most.
+PEFT's Arrow layer and ours are also measured without the base layer.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from measuring import device_name, milliseconds, peak_mib, write_rows
 from peft import ArrowConfig, LoraConfig, get_peft_model
 from peft.tuners.lora.arrow import ArrowLoraLinearLayer
 from torch import nn
 
 from phatgoose.config import RouterConfig
+from phatgoose.kernels import mix_loras
 from phatgoose.routed import RoutedLinear
 from phatgoose.routers import Router
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.stack import SiteStack
 
 RANK, TOP_K = 16, 2
-Method = Callable[[torch.Tensor], torch.Tensor]
+Layer = Callable[[torch.Tensor], torch.Tensor]
 
 
 def main() -> None:
@@ -49,18 +48,23 @@ def main() -> None:
         for experts in args.experts:
             methods = make_methods(features, experts)
             for tokens in args.tokens:
-                times = measure(methods, torch.randn(1, tokens, features), args.rounds)
-                rows += [row(features, experts, tokens, name, ms, times["base"]) for name, ms in times.items()]
-                print(f"d {features} N {experts} T {tokens}: " + "  ".join(f"{n} {t:.3f}" for n, t in times.items()))
+                x = torch.randn(1, tokens, features)
+                calls = {name: partial(method, x) for name, method in methods.items()}
+                times = milliseconds(calls, args.rounds)
+                peaks = {name: peak_mib(call) for name, call in calls.items()}
+                rows += [
+                    row(features, experts, tokens, name, ms, times["base"], peaks[name]) for name, ms in times.items()
+                ]
+                print(
+                    f"d {features} N {experts} T {tokens}: "
+                    + "  ".join(f"{n} {t:.3f} ms {peaks[n]:.1f} MiB" for n, t in times.items()),
+                    flush=True,
+                )
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        with args.out.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
 
 
-def make_methods(features: int, experts: int) -> dict[str, Method]:
+def make_methods(features: int, experts: int) -> dict[str, Layer]:
     """Layers with random weights; all share the base layer."""
     base = nn.Linear(features, features, bias=False)
     a_ERI = torch.randn(experts, RANK, features) / features**0.5
@@ -72,25 +76,43 @@ def make_methods(features: int, experts: int) -> dict[str, Method]:
         present_E=torch.ones(experts, dtype=torch.bool),
     )
     router = Phatgoose(stack, RouterConfig(top_k=TOP_K))
-    methods: dict[str, Method] = {
+    arrow_layer = arrow(a_ERI, b_ERO)
+    methods: dict[str, Layer] = {
         "base": base,
         "one LoRA (PEFT)": one_lora(features),
-        "Arrow (PEFT)": arrow(base, a_ERI, b_ERO),
+        "Arrow (PEFT)": add(base, arrow_layer),
+        "Arrow (PEFT), without the base": arrow_layer,
         "loop over experts": loop(base, stack, router),
     }
     for backend in ("gather", "dense", "grouped", "auto"):
         methods[f"ours, {backend}"] = RoutedLinear(base, stack, router, backend)
+    methods["ours, without the base"] = update(stack, router)
     return methods
 
 
-def one_lora(features: int) -> Method:
+def add(base: nn.Module, layer: Layer) -> Layer:
+    """A base layer and an update."""
+    return lambda x: base(x) + layer(x)
+
+
+def update(stack: SiteStack, router: Router) -> Layer:
+    """Our routing and mixing, as in `RoutedLinear`."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        return mix_loras(x_NI, stack.a_ERI, stack.b_ERO, *router(x_NI)).view(x.shape)
+
+    return forward
+
+
+def one_lora(features: int) -> Layer:
     """PEFT's own layer with one adapter."""
     model = nn.Sequential(nn.Linear(features, features, bias=False))
     return get_peft_model(model, LoraConfig(r=RANK, target_modules=["0"], init_lora_weights=False))
 
 
-def arrow(base: nn.Module, a_ERI: torch.Tensor, b_ERO: torch.Tensor) -> Method:
-    """PEFT's Arrow layer on the same experts."""
+def arrow(a_ERI: torch.Tensor, b_ERO: torch.Tensor) -> Layer:
+    """PEFT's Arrow layer on the same experts (it does not hold the base layer)."""
     config = ArrowConfig(top_k=TOP_K)
     config.task_adapter_names = [f"task_{e}" for e in range(len(a_ERI))]
     config.gks_adapter_names = []
@@ -101,10 +123,10 @@ def arrow(base: nn.Module, a_ERI: torch.Tensor, b_ERO: torch.Tensor) -> Method:
     }
     layer.build_prototypes(lora_a, lora_b)
     dropout, scaling = nn.Identity(), dict.fromkeys(lora_a, 1.0)
-    return lambda x: base(x) + layer(x, lora_a, lora_b, dropout, scaling)
+    return lambda x: layer(x, lora_a, lora_b, dropout, scaling)
 
 
-def loop(base: nn.Module, stack: SiteStack, router: Router) -> Method:
+def loop(base: nn.Module, stack: SiteStack, router: Router) -> Layer:
     """For each expert: find its tokens, two products, add."""
 
     def forward(x: torch.Tensor) -> torch.Tensor:
@@ -120,29 +142,12 @@ def loop(base: nn.Module, stack: SiteStack, router: Router) -> Method:
     return forward
 
 
-@torch.no_grad()
-def measure(methods: dict[str, Method], x: torch.Tensor, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each method."""
-    times: dict[str, list[float]] = {name: [] for name in methods}
-    for _ in range(rounds + 1):  # the first round warms up
-        for name, method in methods.items():
-            times[name].append(once(method, x))
-    return {name: statistics.median(found[1:]) * 1e3 for name, found in times.items()}
-
-
-def once(method: Method, x: torch.Tensor) -> float:
-    """Seconds of one call, averaged over as many as fill 20 ms."""
-    start, calls = time.perf_counter(), 0
-    while (spent := time.perf_counter() - start) < 0.02 or calls == 0:
-        method(x)
-        calls += 1
-    return spent / calls
-
-
-def row(features: int, experts: int, tokens: int, method: str, ms: float, base_ms: float) -> dict[str, object]:
+def row(
+    features: int, experts: int, tokens: int, method: str, ms: float, base_ms: float, mib: float
+) -> dict[str, object]:
     """One line of the CSV."""
     return {
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": device_name(),
         "torch": torch.__version__,
         "features": features,
         "experts": experts,
@@ -150,6 +155,7 @@ def row(features: int, experts: int, tokens: int, method: str, ms: float, base_m
         "method": method,
         "milliseconds": f"{ms:.4f}",
         "ratio_to_base": f"{ms / base_ms:.2f}",
+        "peak_mib": f"{mib:.2f}",
     }
 
 

@@ -52,9 +52,11 @@ def mix_loras(
 
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
     """The backend for a shape. Depends on nothing else, so that equal calls run equal code."""
-    if num_tokens * top_k <= 16:
-        return "gather"
     if num_experts * rank <= 128:
+        return "dense"
+    if num_tokens * top_k <= min(16, num_experts // 8):
+        return "gather"
+    if num_experts * rank <= 256 and num_tokens <= 64:
         return "dense"
     return "grouped"
 
