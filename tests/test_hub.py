@@ -20,7 +20,8 @@ from hub_server import HubServer, Repo
 
 from phatgoose import hub
 from phatgoose.errors import AdapterError, HubError, PhatgooseError, PoolError
-from phatgoose.pool import Entry, Pool
+from phatgoose.manifest import Entry
+from phatgoose.pool import Pool
 
 TOKEN = "hf_test"
 WEIGHTS = "adapter_model.safetensors"

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from phatgoose.errors import PoolError
 from phatgoose.gate import GATE_FILE
-from phatgoose.pool import MANIFEST, BaseId, Pool, containing_pool
+from phatgoose.manifest import MANIFEST_FILE, BaseId
+from phatgoose.pool import Pool, containing_pool
 from phatgoose.routed import RoutedModel
 
 
@@ -127,7 +128,7 @@ def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # What a change does, one after the other; the process dies at one of these places.
 KILL = """
 import os, shutil, signal, sys
-from phatgoose import pool as module
+from phatgoose import manifest, pool as module
 
 folder, expert, action, place = sys.argv[1:]
 
@@ -140,7 +141,7 @@ if place == "while copying":
     steps = iter([shutil.copyfile, shutil.copyfile, die])
     module.shutil.copyfile = lambda *args: next(steps)(*args)
 elif place == "before the commit":
-    module.write_json = die
+    manifest.write_json = die
 elif place == "in the commit":  # of a removal, which renames nothing before
     module.Path.replace = die
 elif place == "after the commit":
@@ -179,7 +180,7 @@ def test_killed(action: str, place: str, pool: Pool, template: Path) -> None:
     left.add(template / "new", "later")
     assert left.check(llama()) == []
     assert len(folders(left)) == 4
-    assert folder_files(left.folder) - {".lock"} == {MANIFEST, "experts"}
+    assert folder_files(left.folder) - {".lock"} == {MANIFEST_FILE, "experts"}
 
 
 def test_failed_commit(pool: Pool, template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +191,7 @@ def test_failed_commit(pool: Pool, template: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.pool.write_json", full_disk)
+        patch.setattr("phatgoose.manifest.write_json", full_disk)
         with pytest.raises(OSError, match="No space left"):
             pool.add(template / "new")
     assert pool.names == Pool.open(pool.folder).names == ("e0", "e1", "e2")
@@ -248,9 +249,9 @@ MANIFESTS: dict[str, tuple[str, list[str]]] = {
 @pytest.mark.parametrize("case", MANIFESTS)
 def test_broken_manifest(case: str, tmp_path: Path) -> None:
     text, words = MANIFESTS[case]
-    (tmp_path / MANIFEST).write_text(text, encoding="latin-1")
-    fails(PoolError, str(tmp_path / MANIFEST), *words, action=lambda: Pool.open(tmp_path))
-    assert (tmp_path / MANIFEST).read_text(encoding="latin-1") == text
+    (tmp_path / MANIFEST_FILE).write_text(text, encoding="latin-1")
+    fails(PoolError, str(tmp_path / MANIFEST_FILE), *words, action=lambda: Pool.open(tmp_path))
+    assert (tmp_path / MANIFEST_FILE).read_text(encoding="latin-1") == text
 
 
 def route(pool: Pool) -> RoutedModel:

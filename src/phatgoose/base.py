@@ -25,7 +25,7 @@ from transformers import (
 from phatgoose.config import Dtype
 from phatgoose.errors import BaseModelError
 from phatgoose.files import new_folder, sha256
-from phatgoose.pool import BaseId
+from phatgoose.manifest import BaseId
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["4bit", "8bit"]

@@ -19,8 +19,9 @@ from huggingface_hub import errors as hf
 
 from phatgoose.errors import HubError, PhatgooseError
 from phatgoose.expert import FILES
-from phatgoose.files import new_folder, write_json
-from phatgoose.pool import EXPERTS, MANIFEST, Entry, Pool, check_new_folder
+from phatgoose.files import new_folder
+from phatgoose.manifest import EXPERTS, MANIFEST_FILE, Entry
+from phatgoose.pool import Pool, check_new_folder
 
 # what each error means: its class, what was expected, and what mends it
 _REMEDIES: tuple[tuple[type[Exception], str, str], ...] = (
@@ -59,8 +60,8 @@ def push_pool(pool: Pool, repo: str, *, private: bool = False, message: str | No
     files = {path: pool.folder / path for path in _expert_files(pool)}
     with tempfile.TemporaryDirectory() as scratch, _hub_errors(repo):
         # written anew because a subset's manifest differs from the one in its folder
-        files[MANIFEST] = Path(scratch) / MANIFEST
-        write_json(files[MANIFEST], pool._manifest())
+        pool.manifest.write(Path(scratch))
+        files[MANIFEST_FILE] = Path(scratch) / MANIFEST_FILE
         api = HfApi()
         repo = api.create_repo(repo, private=private, exist_ok=True).repo_id
         info = api.model_info(repo)
@@ -94,7 +95,7 @@ def pull_pool(repo: str, out: str | Path, revision: str | None = None) -> Pool:
     commit = resolve_revision(repo, revision)
     with new_folder(out) as temporary:
         with _hub_errors(repo):
-            HfApi().hf_hub_download(repo, MANIFEST, revision=commit, local_dir=temporary)
+            HfApi().hf_hub_download(repo, MANIFEST_FILE, revision=commit, local_dir=temporary)
         _pull_experts(repo, commit, temporary)
         shutil.rmtree(temporary / ".cache", ignore_errors=True)  # huggingface_hub's notes for a resumed download
     return Pool.open(out)
@@ -159,7 +160,7 @@ def _expert_files(pool: Pool) -> list[str]:
 def _pull_experts(repo: str, commit: str, folder: Path) -> None:
     try:
         pool = Pool.open(folder)
-        patterns = [MANIFEST, *(glob.escape(path) for path in _expert_files(pool))]
+        patterns = [MANIFEST_FILE, *(glob.escape(path) for path in _expert_files(pool))]
         with _hub_errors(repo):
             HfApi().snapshot_download(repo, revision=commit, local_dir=folder, allow_patterns=patterns)
         for problem in pool.check():

@@ -106,7 +106,8 @@ def _load(
     from phatgoose.base import load_base, load_tokenizer
     from phatgoose.data import Encoder
     from phatgoose.errors import BaseModelError
-    from phatgoose.pool import BaseId, Pool
+    from phatgoose.manifest import BaseId
+    from phatgoose.pool import Pool
     from phatgoose.routed import RoutedModel
     from phatgoose.routers import check_pool
 

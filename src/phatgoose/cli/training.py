@@ -121,7 +121,7 @@ def gate(
     from phatgoose.data import read_examples
     from phatgoose.errors import BaseModelError
     from phatgoose.expert import Expert
-    from phatgoose.pool import BaseId
+    from phatgoose.manifest import BaseId
 
     expert = Expert(adapter)
     made_for = BaseId(name=expert.adapter.config.base, revision=expert.adapter.config.revision)
