@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fails, files_of, llama, make_expert, make_pool
+from conftest import fails, files_of, llama, make_expert, make_gate, make_pool
 from safetensors.torch import load_file
 
 from phatgoose.errors import PoolError
@@ -75,6 +75,25 @@ def test_replace_keeps_the_expert_id(pool: Pool, template: Path) -> None:
         assert pool.check() == []
         found = load_file(pool.expert("e1").folder / GATE_FILE)
         assert all(torch.equal(found[key], v) for key, v in load_file(template / "new" / GATE_FILE).items())
+
+
+def test_replaced_files_are_no_longer_the_hubs(pool: Pool, template: Path, tmp_path: Path) -> None:
+    hub = {"repo": "org/new", "revision": "c0ffee"}
+    added = pool.add(template / "new", source="org/new@c0ffee", hub=hub)
+    version = Path(shutil.copytree(template / "new", tmp_path / "version"))
+    again = pool.replace("new", version)
+    assert (again.files, again.source, again.hub) == (added.files, "org/new@c0ffee", hub)
+
+    for seed in (1, 2):  # whose gate it is, is told once
+        make_gate(version, seed)
+        gated = pool.replace("new", version)
+        assert gated.files != added.files
+        assert (gated.source, gated.hub) == ("org/new@c0ffee, but for the gate", None)
+        assert Pool.open(pool.folder).entry("new") == gated
+
+    other = pool.replace("new", template / "e0")
+    assert (other.name, other.source, other.hub) == ("new", "e0", None)
+    assert pool.check() == []
 
 
 def test_two_writers_see_each_other(pool: Pool, template: Path) -> None:

@@ -6,17 +6,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from phatgoose.errors import PoolError
 from phatgoose.expert import EXPERT_NAME
 from phatgoose.files import write_json
+from phatgoose.gate import GATE_CONFIG_FILE, GATE_FILE
 
 MANIFEST_FILE = "pool.json"
 EXPERTS = "experts"  # the folder that holds the experts' folders
 FORMAT = 1
+OTHER_GATE = ", but for the gate"  # added to the source of an adapter whose gate was replaced
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +69,15 @@ class Entry:
     hub: dict[str, str] | None
     source: str
     files: dict[str, str]
+
+    def in_place_of(self, old: Entry) -> Entry:
+        """This entry, with as much of an older one's origin as its files still have."""
+        changed = {file for file, _ in old.files.items() ^ self.files.items()}
+        if not changed:
+            return replace(self, source=old.source, hub=old.hub)
+        if changed <= {GATE_FILE, GATE_CONFIG_FILE}:
+            return replace(self, source=old.source.removesuffix(OTHER_GATE) + OTHER_GATE)
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -185,6 +185,14 @@ class Pool:
     def replace(self, name: str, adapter: str | Path) -> Entry:
         """Put a new version of an expert in the place of the old, as one step.
 
+        Its entry does not claim to come from where the old one came from: a
+        changed gate is told in `source`, a changed adapter has the new folder
+        as its source, and both are no longer the hub's.
+
+        Args:
+            name: of the expert; it keeps its expert id.
+            adapter: a PEFT adapter's folder, with or without a gate.
+
         Raises:
             PoolError: no such expert, or the new one does not fit.
             AdapterError, GateError: its files are damaged.
@@ -193,7 +201,7 @@ class Pool:
         with self._changing():
             old = self.entry(name)
             self._check_expert(expert)
-            entry = self._copy_in(expert, old.source, old.hub)
+            entry = self._copy_in(expert, expert.folder.resolve().name, None).in_place_of(old)
             self._commit([entry if e.name == name else e for e in self.entries])
         return entry
 
