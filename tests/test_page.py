@@ -250,6 +250,28 @@ def test_nothing_is_wider_than_the_window(browser, html, width):
     page.close()
 
 
+def test_an_input_that_no_site_reads(browser, tmp_path):
+    trace = Trace(EXPERTS, ["decoder.block.0.layer.0.SelfAttention.q"])
+    for record in trace.records.values():
+        record.append(Routing(torch.ones(3, 1), torch.tensor([[1], [0], [1]])), torch.Size((1, 3)))
+    routing = to_json(trace, list("abcdxyz."), 4, encoder_decoder=True)
+    write(tmp_path / "page.html", [Sample(prompt="p", base_answer=None, pool_answer="a", routing=routing)])
+    page = browser.new_page()
+    troubles = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.goto((tmp_path / "page.html").as_uri())
+    detail = page.locator(".detail")
+    assert "token 5 of 8" in detail.inner_text()
+    for i, words in ((1, "No expert adapts a layer that reads the input"), (5, "plain"), (7, "wrote this token")):
+        page.locator(".token").nth(i).click()
+        assert words in detail.inner_text()
+    page.locator("canvas").click(position={"x": 3, "y": 3})
+    assert "token 1 of 8" in detail.inner_text()
+    assert page.locator(".overall .heat tbody tr").count() == len(EXPERTS)
+    page.close()
+    assert troubles == []
+
+
 def test_size(tmp_path):
     routing = make_routing([" word"] * 60, 30, layers=30)
     write(tmp_path / "page.html", [Sample(prompt="p", base_answer="b", pool_answer="a", routing=routing)] * 4)

@@ -7,7 +7,13 @@ import math
 
 import pytest
 import torch
+from conftest import as_text, make_pool, make_tokenizer, t5
 
+from phatgoose.config import TextConfig
+from phatgoose.data import Encoder
+from phatgoose.demo import routed_sample, token_table
+from phatgoose.generation import GenerationConfig
+from phatgoose.routed import RoutedModel
 from phatgoose.routers import Routing
 from phatgoose.routing_table import describe_site, layer_weights, to_json, token_shares
 from phatgoose.trace import Trace
@@ -190,6 +196,50 @@ def test_json_of_an_encoder_decoder():
     assert table["streams"] == ["input"] * 4 + ["output"] * 4
     assert table["weights"][6][:2] == [None, None]
     assert table["weights"][0][3] is None
+
+
+OUTPUT_SITES = {site: 3 for site, (stream, _, _) in T5.items() if stream == "output"}
+INPUT_SITES = {site: 4 for site, (stream, _, _) in T5.items() if stream == "input"}
+
+
+def test_an_input_that_no_site_reads():
+    trace = make_trace(OUTPUT_SITES)
+    table = to_json(trace, list("abcdxyz."), 4, encoder_decoder=True)
+    assert json.loads(json.dumps(table, allow_nan=False)) == table
+    assert table["streams"] == ["input"] * 4 + ["output"] * 4
+    for key in ("leading", "token_shares", "weights"):
+        assert [entry is None for entry in table[key]] == [True] * 4 + [False] * 3 + [True]
+    expected = [[mean_weight(trace, list(OUTPUT_SITES), s, e) for e in range(3)] for s in range(3)]
+    assert table["token_shares"][4:7] == [pytest.approx(row, abs=6e-4) for row in expected]
+    assert table["shares"]["prompt"] is None
+    assert table["shares"]["text"] == table["shares"]["answer"]
+    means = [sum(column) / 3 for column in zip(*expected, strict=True)]
+    assert list(table["shares"]["answer"].values()) == pytest.approx(means, abs=6e-4)
+    assert list(table["layer_weights"]) == ["output"]
+
+
+def test_an_output_that_no_site_reads():
+    table = to_json(make_trace(INPUT_SITES), list("abcdxyz."), encoder_decoder=True)
+    assert table["streams"] == ["input"] * 4 + ["output"] * 4
+    assert [shares is None for shares in table["token_shares"]] == [False] * 4 + [True] * 4
+    assert table["shares"]["answer"] is None
+    assert list(table["layer_weights"]) == ["input"]
+
+
+@pytest.mark.parametrize("adapted", ["decoder", "encoder"])
+def test_half_of_an_encoder_decoder_is_adapted(adapted, tmp_path):
+    """From text to table: what no adapted layer reads has no shares."""
+    pool = make_pool(t5, tmp_path, target_modules=rf"{adapted}\..*\.SelfAttention\.[qv]")
+    model = RoutedModel.from_pool(t5(), pool)
+    encoder = Encoder(make_tokenizer(), model.config, TextConfig())
+    sample = routed_sample(model, encoder, as_text([5, 6, 7]), GenerationConfig(max_new_tokens=4))
+    tokens, shares = sample.routing["tokens"], sample.routing["token_shares"]
+    assert tokens[:4] == ["<5>", "<6>", "<7>", "<0>"]
+    assert len(tokens) > 5  # at least two were written
+    routed = [row is not None for row in shares]
+    expected = [False] * 3 + [True] * (len(tokens) - 4) + [False]
+    assert routed == (expected if adapted == "decoder" else [True] * 3 + [False] * (len(tokens) - 3))
+    assert len(token_table(sample.routing).rows) == len(tokens)
 
 
 def test_no_answer():

@@ -92,7 +92,7 @@ def token_table(routing: dict[str, Any]) -> Table:
     for i, (token, shares) in enumerate(zip(routing["tokens"], routing["token_shares"], strict=True)):
         if i == routing["num_prompt"]:
             table.add_section()
-        if shares is None:  # the last token was written and never read
+        if shares is None:  # no routed layer read it: the last token, or a whole input or output
             table.add_row(repr(token), "-", "", "", "")
             continue
         order = sorted(range(len(shares)), key=lambda e: -shares[e])[:2]
@@ -110,9 +110,8 @@ def _panel(sample: Sample) -> Panel:
         if shares[part]:
             best = sorted(shares[part].items(), key=lambda item: -item[1])[:3]
             grid.add_row(f"[dim]{part} carried by", ", ".join(f"{name} {share:.0%}" for name, share in best))
-    leading = [entry["expert"] for entry in sample.routing["leading"] if entry is not None]
-    pairs = [f"{token.strip() or repr(token)}→{expert}" for token, expert in zip(sample.routing["tokens"], leading)]  # noqa: B905
-    answered = pairs[sample.routing["num_prompt"] :][:8]
+    pairs = list(zip(sample.routing["tokens"], sample.routing["leading"], strict=True))[sample.routing["num_prompt"] :]
+    answered = [f"{token.strip() or repr(token)}→{entry['expert']}" for token, entry in pairs if entry is not None][:8]
     if answered:
         grid.add_row("[dim]tokens", _plain("  ".join(answered)))
     return Panel(grid, title=_plain(sample.prompt.splitlines()[0][:100]), title_align="left")

@@ -6,13 +6,15 @@ weights sum to 1. Everything here is a mean of routing weights.
 In an encoder-decoder model the sites of the encoder, and the keys and values
 of cross-attention, read the input; the other sites of the decoder read the
 output. These are two *streams* with positions of their own; tables join them,
-input first. A decoder-only model has one stream, "text".
+input first. A decoder-only model has one stream, "text". If no routed site reads
+a stream, its positions have no shares.
 
 Axes: B sequences, S positions (of all streams), K chosen experts, E experts, L layers.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -56,12 +58,12 @@ class TokenShares:
         experts: names by expert id.
         streams: of each position.
         num_prompt: positions that belong to the prompt; the rest is the answer.
-        shares_SE: each row sums to 1.
+        shares_SE: each row sums to 1, or is NaN where no site read the position.
         leading_S: the expert with the largest share (the first of equal ones).
-        leading_share_S: its share.
-        text_E: mean over all positions.
-        prompt_E: mean over the prompt; None if it is empty.
-        answer_E: mean over the answer; None if it is empty.
+        leading_share_S: its share; NaN where no site read the position.
+        text_E: mean over all positions that a site read, as in the next two.
+        prompt_E: mean over the prompt; None if no site read any of it.
+        answer_E: mean over the answer; None if no site read any of it.
     """
 
     experts: tuple[str, ...]
@@ -83,8 +85,8 @@ class LayerWeights:
         layers: labels, in the order of the model.
         kinds: of sites, in the order of the model.
         tokens_SLE: per position, over the sites of the layer that read it.
-        means: stream -> kind -> (L, E), over the stream's positions; the kind
-            "all" stands for all sites.
+        means: stream that sites read -> kind -> (L, E), over the stream's
+            positions; the kind "all" stands for all sites.
     """
 
     layers: tuple[str, ...]
@@ -115,15 +117,16 @@ def token_shares(
     Args:
         trace: at least one site was called.
         num_prompt: positions that belong to the prompt. None means the whole
-            input of an encoder-decoder model, and every position otherwise.
+            input of an encoder-decoder model, and every position otherwise. If
+            no site reads the input, it has to be given: the trace cannot know.
         encoder_decoder: whether the traced model is one.
         sequence: index along B.
 
     Raises:
-        ValueError: the trace is empty, no site reads the input, sites of one stream
-            saw different numbers of positions, or `num_prompt` does not fit.
+        ValueError: the trace is empty, sites of one stream saw different numbers
+            of positions, or `num_prompt` is missing or does not fit.
     """
-    traced = _Traced(trace, encoder_decoder, sequence)
+    traced = _Traced(trace, encoder_decoder, sequence, num_prompt)
     num_prompt = traced.num_prompt(num_prompt)
     sums_SE, sites_S = traced.zeros(), torch.zeros(traced.num_positions)
     for site, weights_SE in traced.sites():
@@ -139,18 +142,20 @@ def token_shares(
         shares_SE=shares_SE,
         leading_S=leading_S,
         leading_share_S=leading_share_S,
-        text_E=shares_SE.mean(dim=0),
-        prompt_E=shares_SE[:num_prompt].mean(dim=0) if num_prompt else None,
-        answer_E=shares_SE[num_prompt:].mean(dim=0) if num_prompt < len(shares_SE) else None,
+        text_E=shares_SE.nanmean(dim=0),
+        prompt_E=_mean(shares_SE[:num_prompt]),
+        answer_E=_mean(shares_SE[num_prompt:]),
     )
 
 
-def layer_weights(trace: Trace, *, encoder_decoder: bool = False, sequence: int = 0) -> LayerWeights:
+def layer_weights(
+    trace: Trace, num_prompt: int | None = None, *, encoder_decoder: bool = False, sequence: int = 0
+) -> LayerWeights:
     """Mean routing weights per token, layer and expert, and per layer, expert and kind of site.
 
     Arguments and errors are those of `token_shares`.
     """
-    traced = _Traced(trace, encoder_decoder, sequence)
+    traced = _Traced(trace, encoder_decoder, sequence, num_prompt)
     layers = list(dict.fromkeys(site.layer for site in traced.described))
     sums_SLE = traced.zeros(len(layers))
     sites_SL = torch.zeros(traced.num_positions, len(layers))
@@ -180,7 +185,9 @@ def to_json(
         trace: at least one site was called.
         tokens: text piece of each position (input before output, the output
             with its start token). There may be more pieces than positions: the
-            last token of an answer is never read by the model. They get null.
+            last token of an answer is never read by the model, and a whole
+            output is not if only the encoder is adapted. They get null, and so
+            does an input that no site reads.
         num_prompt: see `token_shares`.
         encoder_decoder: whether the traced model is one.
         sequence: index along B.
@@ -199,13 +206,13 @@ def to_json(
         shares: {"text", "prompt", "answer": {expert name: number}, or null}
         token_shares: [per token: [per expert: number], or null]
         weights: [per token: [per layer: [per expert: number], or null], or null]
-        layer_weights: {stream: {"all" or kind: [per layer: [per expert: number], or null]}}
+        layer_weights: {stream that sites read: {"all" or kind: [per layer: [per expert: number], or null]}}
 
     Raises:
         ValueError: see `token_shares`; or there are fewer tokens than positions.
     """
     shares = token_shares(trace, num_prompt, encoder_decoder=encoder_decoder, sequence=sequence)
-    by_layer = layer_weights(trace, encoder_decoder=encoder_decoder, sequence=sequence)
+    by_layer = layer_weights(trace, num_prompt, encoder_decoder=encoder_decoder, sequence=sequence)
     unread = len(tokens) - len(shares.shares_SE)
     if unread < 0:
         raise ValueError(f"{len(tokens)} tokens, but {len(shares.shares_SE)} positions were traced")
@@ -216,11 +223,12 @@ def to_json(
         "experts": list(shares.experts),
         "tokens": list(tokens),
         "num_prompt": shares.num_prompt,
-        "streams": [*shares.streams, *shares.streams[-1:] * unread],
+        "streams": [*shares.streams, *[OUTPUT if encoder_decoder else TEXT] * unread],
         "sites": trace.sites,
         "layers": list(by_layer.layers),
         "kinds": list(by_layer.kinds),
-        "leading": [{"expert": shares.experts[i], "share": share} for i, share in leading] + nothing,
+        "leading": [share if share is None else {"expert": shares.experts[i], "share": share} for i, share in leading]
+        + nothing,
         "shares": {part: _named(shares.experts, mean_E) for part, mean_E in parts.items()},
         "token_shares": _rounded(shares.shares_SE) + nothing,
         "weights": _rounded(by_layer.tokens_SLE) + nothing,
@@ -234,13 +242,15 @@ def to_json(
 class _Traced:
     """One sequence of a trace, with its streams laid end to end."""
 
-    def __init__(self, trace: Trace, encoder_decoder: bool, sequence: int) -> None:
+    def __init__(self, trace: Trace, encoder_decoder: bool, sequence: int, num_prompt: int | None) -> None:
         self.described = [describe_site(name, encoder_decoder=encoder_decoder) for name in trace.sites]
         self.weights_SE = [trace.weights(site.name)[sequence] for site in self.described]
         self.num_experts = len(trace.expert_names)
         lengths: dict[str, set[int]] = {INPUT if encoder_decoder else TEXT: set()}
         for site, weights_SE in self.sites():
             lengths.setdefault(site.stream, set()).add(len(weights_SE))
+        if num_prompt is not None and num_prompt > 0 and OUTPUT in lengths and not lengths[INPUT]:
+            lengths[INPUT] = {num_prompt}
         for stream, found in lengths.items():
             if len(found) != 1:
                 saw = f"sites that read the {stream} saw {sorted(found) or 'no'} positions"
@@ -284,13 +294,20 @@ def _means(traced: _Traced, layers: Sequence[str]) -> dict[str, dict[str, torch.
             for kind, by_layer in kinds.items()
         }
         for stream, kinds in found.items()
+        if kinds
     }
 
 
+def _mean(shares_SE: torch.Tensor) -> torch.Tensor | None:
+    """Over the positions that a site read; None if there is none."""
+    read_SE = shares_SE[~shares_SE.isnan().any(dim=-1)]
+    return read_SE.mean(dim=0) if len(read_SE) else None
+
+
 def _rounded(values: torch.Tensor) -> list[Any]:
-    """Nested lists; a row of NaN (nothing to average) becomes None."""
+    """Nested lists; NaN, or a row of NaN (nothing to average), becomes None."""
     if values.dim() == 1:
-        return [round(value, DECIMALS) for value in values.tolist()]
+        return [None if math.isnan(value) else round(value, DECIMALS) for value in values.tolist()]
     return [None if row.isnan().all() else _rounded(row) for row in values]
 
 
