@@ -34,7 +34,7 @@ class Shape(NamedTuple):
 SHAPES = [
     Shape(tokens=1, top_k=1, experts=1, rank=4, inputs=5, outputs=3),
     Shape(tokens=1, top_k=2, experts=2, rank=8, inputs=16, outputs=24),
-    Shape(tokens=3, top_k=2, experts=33, rank=16, inputs=13, outputs=40),
+    Shape(tokens=3, top_k=2, experts=166, rank=16, inputs=13, outputs=40),
     Shape(tokens=17, top_k=3, experts=166, rank=4, inputs=12, outputs=7),
     Shape(tokens=17, top_k=33, experts=33, rank=8, inputs=9, outputs=11),  # top_k = E
     Shape(tokens=257, top_k=1, experts=2, rank=24, inputs=31, outputs=17),

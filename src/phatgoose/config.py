@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 from phatgoose.errors import ConfigError
 
@@ -20,16 +20,36 @@ class RouterConfig:
         eps: added to the variance when a gate or an activation is standardised.
             1e-5 is the official code's LayerNorm; 0 is the paper's formula.
         temperature: divides the scores before the softmax; 1 is the paper.
+        expert: name of the expert that router `single` gives every token.
+        global_scale: what `glider` multiplies the similarity of prompt and
+            expert with; 3 is its authors' value for unseen tasks (held-in: 100).
+        filter_k: experts that `lag` keeps from Arrow for SpectR; 20 in its paper.
     """
 
     router: str = "phatgoose"
     top_k: int = 2
     eps: float = 1e-5
     temperature: float = 1.0
+    expert: str | None = None
+    global_scale: float = 3.0
+    filter_k: int = 20
+
+    @classmethod
+    def of(cls, **options: Any) -> RouterConfig:
+        """From plain options. Raises ConfigError for one that does not exist or cannot be used."""
+        known = sorted(field.name for field in fields(cls))
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise ConfigError(f"unknown option {unknown[0]!r} of a router", expected=", ".join(known))
+        return cls(**options)
 
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
+        if self.filter_k < 1:
+            raise ConfigError("filter_k must be at least 1", found=str(self.filter_k), expected="1 or more")
+        if not self.global_scale >= 0:
+            raise ConfigError("global_scale must not be negative", found=str(self.global_scale), expected="0 or more")
         if not self.eps >= 0:  # so written, NaN is refused too
             raise ConfigError("eps must not be negative", found=str(self.eps), expected="0 or more")
         if not self.temperature > 0:
@@ -142,3 +162,29 @@ class AdapterTrainingConfig(OptimizerConfig):
             raise ConfigError("rank and save_steps must be at least 1", found=f"{self.rank} and {self.save_steps}")
         if self.alpha is not None and not self.alpha > 0:
             raise ConfigError("alpha must be positive", found=str(self.alpha), expected="above 0, or None")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BootstrapConfig:
+    """How intervals of averages are drawn.
+
+    Attributes:
+        num_resamples: the error that the drawing itself leaves in a limit falls
+            with its root; with 10,000 it is about 3 % of the standard error.
+        confidence: share of the draws between the limits.
+        seed: of the drawing.
+    """
+
+    num_resamples: int = 10_000
+    confidence: float = 0.95
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_resamples < 100:
+            raise ConfigError(
+                "too few resamples for an interval", found=str(self.num_resamples), expected="100 or more"
+            )
+        if not 0 < self.confidence < 1:
+            raise ConfigError("confidence must lie between 0 and 1", found=str(self.confidence))
+        if self.seed < 0:
+            raise ConfigError("seed must not be negative", found=str(self.seed), expected="0 or more")

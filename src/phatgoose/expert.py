@@ -8,13 +8,30 @@ from pathlib import Path
 
 import torch
 
+from phatgoose.activations import ACTIVATIONS
 from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraShape
+from phatgoose.embeddings import EMBEDDINGS_FILE
 from phatgoose.errors import ConfigError
-from phatgoose.gate import GATE_CONFIG_FILE, GATE_FILE, has_gate, load_gate
+from phatgoose.gate import GATE
 
 EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # What makes an expert; whatever else lies in its folder is not copied or hashed.
-FILES = (CONFIG_FILE, WEIGHTS_FILE, GATE_FILE, GATE_CONFIG_FILE)
+FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    GATE.file,
+    GATE.config_file,
+    ACTIVATIONS.file,
+    ACTIVATIONS.config_file,
+    EMBEDDINGS_FILE,
+)
+# what routers may need of an expert -> the file that holds it
+NEEDED_FILES = {
+    "adapter": WEIGHTS_FILE,
+    "gate": GATE.file,
+    "activations": ACTIVATIONS.file,
+    "embeddings": EMBEDDINGS_FILE,
+}
 
 
 class Expert:
@@ -41,7 +58,11 @@ class Expert:
     @property
     def has_gate(self) -> bool:
         """Whether a gate lies beside the adapter."""
-        return has_gate(self.folder)
+        return self.brings("gate")
+
+    def brings(self, need: str) -> bool:
+        """Whether the file for a need of a router (`NEEDED_FILES`) lies here, whole or not."""
+        return (self.folder / NEEDED_FILES[need]).is_file()
 
     @property
     def shapes(self) -> Mapping[str, LoraShape]:
@@ -50,7 +71,11 @@ class Expert:
 
     def load_gate(self) -> dict[str, torch.Tensor]:
         """Site -> gate vector (in-features,), fp32. Raises GateError."""
-        return load_gate(self.adapter)
+        return GATE.load(self.adapter)
+
+    def load_activations(self) -> dict[str, torch.Tensor]:
+        """Site -> mean activation (in-features,), fp32. Raises PrototypeError."""
+        return ACTIVATIONS.load(self.adapter)
 
     def files(self) -> list[Path]:
         """The files that make this expert, of those in its folder."""

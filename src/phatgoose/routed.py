@@ -5,21 +5,21 @@ Axes: N tokens, I in-features, O out-features, R rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose import kernels
-from phatgoose.base import base_id, load_base
+from phatgoose.base import base_id, load_base, load_tokenizer
 from phatgoose.config import RouterConfig
-from phatgoose.errors import BaseModelError, ConfigError
+from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.kernels import BACKENDS, Backend
 from phatgoose.pool import Pool
-from phatgoose.routers import Router, check_pool
+from phatgoose.routers import PromptRouter, Router, check_pool
 from phatgoose.sites import check_sites
 from phatgoose.stack import SiteStack, stack_sites
 from phatgoose.trace import SiteRecord, Trace
@@ -28,8 +28,9 @@ from phatgoose.trace import SiteRecord, Trace
 class RoutedLinear(nn.Module):
     """`base(x) + sum of the chosen experts' updates of x`.
 
-    Sees only `(..., I)`: no batch, position or mask, so a token's routing
-    depends on nothing but its activation.
+    Sees only `(..., I)`: no position or mask, so a token's routing depends on
+    nothing but its activation. The exception are routers that read prompts: for
+    them, `prompt_bias_BE` says what each of B prompts adds to the scores.
 
     Args:
         base: the linear layer that is replaced; any kind, quantised ones too.
@@ -47,6 +48,7 @@ class RoutedLinear(nn.Module):
         self.router = router
         self.backend = backend
         self.record: SiteRecord | None = None
+        self.prompt_bias_BE: torch.Tensor | None = None
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
 
@@ -54,18 +56,35 @@ class RoutedLinear(nn.Module):
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
         y: torch.Tensor = self.base(x)
         x_NI = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_NI)
+        routing = self.router(x_NI, self._bias(len(x_NI)))
         if self.record is not None:
             self.record.append(routing, x.shape[:-1])
-        update_NO = kernels.mix_loras(
-            x_NI.to(self.a_ERI.dtype),
-            self.a_ERI,
-            self.b_ERO,
-            routing.weights_NK,
-            routing.expert_ids_NK,
-            self.backend,
-        )
+        x_NI = x_NI.to(self.a_ERI.dtype)
+        if self.router.mixing == "parameters":
+            update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
+        else:
+            update_NO = kernels.mix_loras(x_NI, self.a_ERI, self.b_ERO, *routing, backend=self.backend)
         return y + update_NO.view(y.shape).to(y.dtype)
+
+    def _bias(self, num_tokens: int) -> torch.Tensor | None:
+        """Each token's row of `prompt_bias_BE`; the tokens of one prompt lie together."""
+        if self.prompt_bias_BE is None:
+            if self.router.reads_prompts:
+                raise RouterError(
+                    "this router reads whole prompts, and was given none",
+                    expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",
+                    fix="call the RoutedModel, not the model inside it; generate_batch is for token-level routers",
+                )
+            return None
+        num_prompts = len(self.prompt_bias_BE)
+        if num_tokens % num_prompts:
+            raise RouterError(
+                "the prompts do not fit the batch",
+                found=f"{num_prompts} prompts, {num_tokens} tokens",
+                expected="as many tokens for each prompt",
+            )
+        # also right for beams, which lie beside each other
+        return self.prompt_bias_BE.repeat_interleave(num_tokens // num_prompts, dim=0)
 
     # Models look at these of their linear layers (T5 reads wo.weight.dtype).
     @property
@@ -89,11 +108,21 @@ class RoutedModel(nn.Module):
     Build it with `from_pool`.
     """
 
-    def __init__(self, model: PreTrainedModel, pool: Pool, config: RouterConfig) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        pool: Pool,
+        config: RouterConfig,
+        prompt_router: PromptRouter | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.pool = pool
         self.router_config = config
+        self.prompt_router = prompt_router
+        self._tokenizer = tokenizer
+        self._masked: frozenset[str] = frozenset()
         self._tracing = False
 
     @classmethod
@@ -104,9 +133,9 @@ class RoutedModel(nn.Module):
         *,
         router: str = RouterConfig.router,
         top_k: int = RouterConfig.top_k,
-        eps: float = RouterConfig.eps,
-        temperature: float = RouterConfig.temperature,
         backend: Backend = "auto",
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        **options: Any,
     ) -> RoutedModel:
         """Route `base` among the experts of `pool`.
 
@@ -118,29 +147,37 @@ class RoutedModel(nn.Module):
             pool: the experts.
             router: a name in `phatgoose.routers.ROUTERS`.
             top_k: experts per token and site.
-            eps: see `RouterConfig`.
-            temperature: see `RouterConfig`.
             backend: see `phatgoose.kernels`.
+            tokenizer: for routers that read prompts; the base's own if None.
+            options: the other fields of `RouterConfig` (`eps`, `temperature`, ...).
 
         Raises:
+            ConfigError: an option that does not exist or cannot be used.
             BaseModelError: `base` is another model than the pool's.
             RouterError: the router cannot route among these experts.
             PoolError, AdapterError, GateError: the pool is empty or damaged.
         """
-        config = RouterConfig(router=router, top_k=top_k, eps=eps, temperature=temperature)
+        config = RouterConfig.of(router=router, top_k=top_k, **options)
         if backend not in BACKENDS:
             raise ConfigError(f"unknown backend {backend!r}", expected=", ".join(BACKENDS))
         router_type = check_pool(pool, config)
+        if config.expert is not None:
+            pool = pool.subset([config.expert])
         model = load_base(base, pool.base.revision) if isinstance(base, str) else base
         _check_base(model, pool)
         experts = pool.experts()
         check_sites(model, experts)
-        stacks = stack_sites(experts, dtype=model.dtype, with_gates="gate" in router_type.needs)
+        stacks = stack_sites(
+            experts,
+            dtype=model.dtype,
+            with_gates="gate" in router_type.needs,
+            with_activations="activations" in router_type.needs,
+        )
         for site, stack in stacks.items():
             linear = model.get_submodule(site)
             routed = RoutedLinear(linear, stack, router_type(stack, config), backend)
             model.set_submodule(site, _move_buffers(routed, linear))
-        return cls(model, pool, config)
+        return cls(model, pool, config, router_type.for_prompts(experts, config), tokenizer)
 
     def unwrap(self) -> PreTrainedModel:
         """Put the base model's own layers back and return it."""
@@ -173,9 +210,87 @@ class RoutedModel(nn.Module):
             for linear in linears.values():
                 linear.record = None
 
+    @contextmanager
+    def without(self, names: Sequence[str]) -> Iterator[None]:
+        """Mask experts out of the pool inside the `with` block, as if they had never been added.
+
+        Raises:
+            PoolError: no expert of that name.
+            RouterError: no expert is left.
+        """
+        gone = frozenset(self.pool.entry(name).name for name in names)
+        if gone == set(self.pool.names):
+            raise RouterError(
+                "every expert is masked", found=", ".join(sorted(gone)), expected="at least one expert left"
+            )
+        before = self._masked
+        self._mask(before | gone)
+        try:
+            yield
+        finally:
+            self._mask(before)
+
+    @contextmanager
+    def prompts(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Say which prompt each row of the calls inside the `with` block belongs to.
+
+        Does nothing for routers that look at tokens alone. `model(...)` and
+        `model.generate(...)` take their own input as the prompt; this is for calls
+        whose input is more (a prompt and its answer) or less (a step with a cache).
+
+        Args:
+            prompt_ids: token ids of B prompts, without padding. A call has a
+                multiple of B rows: beams of one prompt lie beside each other.
+        """
+        if self.prompt_router is None:
+            yield
+            return
+        usable_E = torch.tensor([name not in self._masked for name in self.pool.names])
+        bias_BE = self.prompt_router.bias([self._text(ids) for ids in prompt_ids], usable_E)
+        linears = self.routed_linears().values()
+        before = [linear.prompt_bias_BE for linear in linears]
+        try:
+            for linear in linears:
+                linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
+            yield
+        finally:
+            for linear, bias in zip(linears, before, strict=True):
+                linear.prompt_bias_BE = bias
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""
-        return self.model(*args, **kwargs)
+        with self._own_prompts(args[0] if args else kwargs.get("input_ids"), kwargs.get("attention_mask")):
+            return self.model(*args, **kwargs)
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's generate."""
+        with self._own_prompts(kwargs.get("input_ids", inputs), kwargs.get("attention_mask")):
+            generate: Any = self.model.generate
+            return generate(inputs, **kwargs)
+
+    def _own_prompts(self, input_ids_BS: torch.Tensor | None, mask_BS: torch.Tensor | None) -> Any:
+        """`prompts` of a call's own input, unless somebody has said what they are."""
+        if self.prompt_router is None or input_ids_BS is None or self._prompts_are_known():
+            return nullcontext()
+        if mask_BS is None:
+            mask_BS = torch.ones_like(input_ids_BS)
+        return self.prompts(
+            [ids_S[keep_S.bool()].tolist() for ids_S, keep_S in zip(input_ids_BS, mask_BS, strict=True)]
+        )
+
+    def _prompts_are_known(self) -> bool:
+        return any(linear.prompt_bias_BE is not None for linear in self.routed_linears().values())
+
+    def _text(self, ids: Sequence[int]) -> str:
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.pool.base.name, self.pool.base.revision)
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+
+    def _mask(self, names: frozenset[str]) -> None:
+        self._masked = names
+        masked_E = torch.tensor([-torch.inf if name in names else 0.0 for name in self.pool.names])
+        for linear in self.routed_linears().values():
+            linear.router.masked_E = masked_E.to(linear.a_ERI.device) if names else None
 
     def __getattr__(self, name: str) -> Any:
         try:

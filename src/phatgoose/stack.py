@@ -27,6 +27,7 @@ class SiteStack:
         a_ERI: down-projections.
         b_ERO: up-projections, transposed, with LoRA's scale folded in.
         gates_EI: the gate vectors as trained, fp32; None if not asked for.
+        activations_EI: the mean activations, fp32; None if not asked for.
         present_E: which experts adapt this site. The others' rows are zero and
             a router must score them -inf: a zero gate would still compete.
     """
@@ -35,9 +36,12 @@ class SiteStack:
     b_ERO: torch.Tensor
     gates_EI: torch.Tensor | None
     present_E: torch.Tensor
+    activations_EI: torch.Tensor | None = None
 
 
-def stack_sites(experts: Sequence[Expert], *, dtype: torch.dtype, with_gates: bool) -> dict[str, SiteStack]:
+def stack_sites(
+    experts: Sequence[Expert], *, dtype: torch.dtype, with_gates: bool = False, with_activations: bool = False
+) -> dict[str, SiteStack]:
     """Load experts one after the other into one stack per site.
 
     Peak memory is the stacks and one tensor pair. Expert ids are positions in `experts`.
@@ -46,13 +50,15 @@ def stack_sites(experts: Sequence[Expert], *, dtype: torch.dtype, with_gates: bo
         experts: opened experts, at least one.
         dtype: of a_ERI and b_ERO.
         with_gates: whether to load the gates too.
+        with_activations: whether to load the mean activations too.
 
     Raises:
         PoolError: experts disagree about a site's shape.
-        AdapterError, GateError: an expert's files are damaged.
+        AdapterError, GateError, PrototypeError: an expert's files are damaged.
     """
     stacks = {
-        site: _empty_stack(len(experts), shape, dtype, with_gates) for site, shape in _site_shapes(experts).items()
+        site: _empty_stack(len(experts), shape, dtype, with_gates, with_activations)
+        for site, shape in _site_shapes(experts).items()
     }
     for e, expert in enumerate(experts):
         for site, (a_RI, b_OR, scaling) in expert.adapter.load():
@@ -65,6 +71,11 @@ def stack_sites(experts: Sequence[Expert], *, dtype: torch.dtype, with_gates: bo
                 gates_EI = stacks[site].gates_EI
                 assert gates_EI is not None
                 gates_EI[e] = v_I
+        if with_activations:
+            for site, v_I in expert.load_activations().items():
+                activations_EI = stacks[site].activations_EI
+                assert activations_EI is not None
+                activations_EI[e] = v_I
     return stacks
 
 
@@ -88,11 +99,14 @@ def _site_shapes(experts: Sequence[Expert]) -> Mapping[str, LoraShape]:
     return shapes
 
 
-def _empty_stack(num_experts: int, shape: LoraShape, dtype: torch.dtype, with_gates: bool) -> SiteStack:
+def _empty_stack(
+    num_experts: int, shape: LoraShape, dtype: torch.dtype, with_gates: bool, with_activations: bool
+) -> SiteStack:
     rank = -(-shape.rank // RANK_MULTIPLE) * RANK_MULTIPLE
     return SiteStack(
         a_ERI=torch.zeros(num_experts, rank, shape.in_features, dtype=dtype),
         b_ERO=torch.zeros(num_experts, rank, shape.out_features, dtype=dtype),
         gates_EI=torch.zeros(num_experts, shape.in_features) if with_gates else None,
+        activations_EI=torch.zeros(num_experts, shape.in_features) if with_activations else None,
         present_E=torch.zeros(num_experts, dtype=torch.bool),
     )

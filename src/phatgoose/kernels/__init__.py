@@ -2,6 +2,8 @@
 
     y[n] = sum over k of weights[n, k] * B[ids[n, k]] A[ids[n, k]] x[n]
 
+`mix_parameters` is another operation, for routers that merge A and B before they act.
+
 Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
 R rank. Backends take plain tensors and know nothing of models.
 
@@ -50,9 +52,31 @@ def mix_loras(
     return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
 
 
+def mix_parameters(
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    weights_NK: torch.Tensor,
+    expert_ids_NK: torch.Tensor,
+) -> torch.Tensor:
+    """Each token's update under the weighted sums of its experts' factors.
+
+        y[n] = (sum over k of w[n, k] B[ids[n, k]]) (sum over k of w[n, k] A[ids[n, k]]) x[n]
+
+    Arguments and result are those of `mix_loras`. Computes every expert for
+    every token; extra memory is N * E * R numbers.
+    """
+    num_experts, rank, _ = a_ERI.shape
+    h_NER = (x_NI @ a_ERI.reshape(num_experts * rank, -1).T).view(-1, num_experts, rank)
+    weights_NE = weights_NK.new_zeros(x_NI.shape[0], num_experts).scatter_add(1, expert_ids_NK, weights_NK)
+    weights_NE1 = weights_NE.to(h_NER.dtype).unsqueeze(2)
+    h_N1R = (h_NER * weights_NE1).sum(dim=1, keepdim=True)
+    return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
+
+
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
     """The backend for a shape. Depends on nothing else, so that equal calls run equal code."""
-    if num_experts * rank <= 128:
+    if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
         return "gather"

@@ -7,6 +7,7 @@ in `ROUTERS`. Axes: N tokens, E experts, K chosen experts, I in-features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from importlib import import_module
 from typing import ClassVar, Literal, NamedTuple
 
@@ -15,25 +16,62 @@ from torch import nn
 
 from phatgoose.config import RouterConfig
 from phatgoose.errors import RouterError
+from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.stack import SiteStack
 
-Need = Literal["adapter", "gate"]
+Need = Literal["adapter", "gate", "activations", "embeddings"]
+Mixing = Literal["outputs", "parameters"]
 
 # name -> "module:class"; imported only when asked for
-ROUTERS = {"phatgoose": "phatgoose.routers.phatgoose:Phatgoose"}
+ROUTERS = {
+    "phatgoose": "phatgoose.routers.phatgoose:Phatgoose",
+    "average-activation": "phatgoose.routers.average_activation:AverageActivation",
+    "arrow": "phatgoose.routers.arrow:Arrow",
+    "arrow-peft": "phatgoose.routers.arrow:ArrowPeft",
+    "spectr": "phatgoose.routers.spectr:Spectr",
+    "lag": "phatgoose.routers.lag:Lag",
+    "retrieval": "phatgoose.routers.retrieval:Retrieval",
+    "glider": "phatgoose.routers.glider:Glider",
+    "merged": "phatgoose.routers.merged:Merged",
+    "merged-parameters": "phatgoose.routers.merged:MergedParameters",
+    "uniform": "phatgoose.routers.uniform:Uniform",
+    "single": "phatgoose.routers.single:Single",
+}
+# what an expert may have to bring along -> how people call it, and the command that makes it
+NEEDS: dict[Need, tuple[str, str]] = {
+    "gate": ("a gate", "phatgoose gate {folder} --data DATA"),
+    "activations": ("mean activations", "phatgoose activations {folder} --data DATA"),
+    "embeddings": ("embeddings of examples", "phatgoose embeddings {folder} --data DATA"),
+}
 
 
 class Routing(NamedTuple):
     """What a router decided at one site.
 
     Attributes:
-        weights_NK: fp32, each row sums to 1.
-        expert_ids_NK: int64, distinct within a row, best first.
+        weights_NK: fp32; each row sums to 1 (`merged`: where all experts adapt the site).
+        expert_ids_NK: int64, distinct within a row.
     """
 
     weights_NK: torch.Tensor
     expert_ids_NK: torch.Tensor
+
+
+class PromptRouter(ABC):
+    """The part of a router that reads whole prompts; see `Router.for_prompts`."""
+
+    @abstractmethod
+    def bias(self, prompts: Sequence[str], usable_E: torch.Tensor) -> torch.Tensor:
+        """What each prompt adds to the scores of all its tokens, at every site.
+
+        Args:
+            prompts: B texts.
+            usable_E: bool; experts that are masked out of the pool are False.
+
+        Returns:
+            bias_BE, fp32; -inf forbids an expert.
+        """
 
 
 class Router(nn.Module, ABC):
@@ -41,14 +79,24 @@ class Router(nn.Module, ABC):
 
     Args:
         stack: the experts' weights at this site.
-        config: top_k, eps, temperature.
+        config: top_k, eps, temperature and what single routers take.
 
     Class attributes:
         needs: what every expert must bring along.
+        mixing: how the chosen experts act on a token. "outputs": the weighted
+            sum of their updates. "parameters": the update of the weighted sums
+            of their A and B (with cross terms between experts).
+        fixed_top_k: whether the rule itself says how many experts a token
+            gets, so that top_k does not count.
+        reads_prompts: whether `for_prompts` makes something.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"adapter"})
+    mixing: ClassVar[Mixing] = "outputs"
+    fixed_top_k: ClassVar[bool] = False
+    reads_prompts: ClassVar[bool] = False
     absent_E: torch.Tensor
+    masked_E: torch.Tensor | None
 
     def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
         super().__init__()
@@ -57,6 +105,12 @@ class Router(nn.Module, ABC):
         # added to the scores: an expert that does not adapt this site is never chosen
         absent_E = torch.zeros(len(stack.present_E)).masked_fill(~stack.present_E.cpu(), float("-inf"))
         self.register_buffer("absent_E", absent_E, persistent=False)
+        self.register_buffer("masked_E", None, persistent=False)
+
+    @classmethod
+    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter | None:
+        """What reads whole prompts for all sites, if this rule does; None for token-level rules."""
+        return None
 
     @abstractmethod
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
@@ -69,14 +123,34 @@ class Router(nn.Module, ABC):
             scores_NE, fp32; larger is better.
         """
 
-    def forward(self, x_NI: torch.Tensor) -> Routing:
-        """Choose `top_k` experts per token; weights are the softmax of their scores.
+    def forward(self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None) -> Routing:
+        """Choose experts for each token.
 
-        Where fewer than `top_k` experts adapt this site, the rest of the row has weight 0.
+        Args:
+            x_NI: see `scores`.
+            bias_NE: added to the scores; what the tokens' prompts say.
+
+        Returns:
+            The routing. Where fewer experts can be chosen than the rule wants,
+            the rest of the row has weight 0.
         """
         scores_NE = self.scores(x_NI) + self.absent_E
+        if bias_NE is not None:
+            scores_NE = scores_NE + bias_NE
+        if self.masked_E is not None:
+            scores_NE = scores_NE + self.masked_E
+        return self.choose(scores_NE)
+
+    def choose(self, scores_NE: torch.Tensor) -> Routing:
+        """Scores (-inf: not to be chosen) to routing: softmax over the best `top_k`."""
         top_NK, expert_ids_NK = torch.topk(scores_NE, self.top_k, dim=-1)
-        return Routing(torch.softmax(top_NK / self.temperature, dim=-1), expert_ids_NK)
+        return Routing(self.weights(top_NK / self.temperature), expert_ids_NK)
+
+    def weights(self, scores_NK: torch.Tensor) -> torch.Tensor:
+        """Softmax of the chosen scores. A row without any usable expert gets weights of 0."""
+        weights_NK = torch.softmax(scores_NK, dim=-1)
+        # only a mask can leave a token without any expert at all
+        return weights_NK if self.masked_E is None else weights_NK.nan_to_num(0.0)
 
 
 def router_class(name: str) -> type[Router]:
@@ -95,25 +169,35 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
         The router's class.
 
     Raises:
-        RouterError: unknown router, missing gates, or top_k larger than the pool.
+        RouterError: unknown router, an expert that lacks what the router needs,
+            top_k larger than the pool, or an unknown or superfluous `expert`.
         PoolError: the pool is empty.
     """
     found = router_class(config.router)
     experts = pool.experts()
-    if config.top_k > len(experts):
+    if config.top_k > len(experts) and not found.fixed_top_k:
         raise RouterError(
             f"top_k {config.top_k} is larger than pool {pool.folder}",
             found=f"{len(experts)} experts: {', '.join(pool.names)}",
             expected=f"top_k of at most {len(experts)}",
             fix=f"--top-k {len(experts)}",
         )
-    gateless = [expert for expert in experts if not expert.has_gate]
-    if "gate" in found.needs and gateless:
+    if (config.expert is not None) != (config.router == "single") or config.expert not in (None, *pool.names):
         raise RouterError(
-            f"router {config.router!r} needs a gate, which these experts lack: "
-            + ", ".join(expert.name for expert in gateless),
-            found=f"{len(gateless)} of {len(experts)} experts without a gate",
-            expected="gate.safetensors beside every adapter",
-            fix=f"phatgoose gate {gateless[0].folder} --data DATA",
+            f"router {config.router!r} and expert {config.expert!r} do not go together",
+            found=f"experts: {', '.join(pool.names)}",
+            expected="router single with one of the pool's experts, or another router without --expert",
+            fix=f"--router single --expert {pool.names[0]}",
         )
+    for need in sorted(found.needs - {"adapter"}):
+        lacking = [expert for expert in experts if not expert.brings(need)]
+        if lacking:
+            noun, command = NEEDS[need]
+            raise RouterError(
+                f"router {config.router!r} needs {noun}, which these experts lack: "
+                + ", ".join(expert.name for expert in lacking),
+                found=f"{len(lacking)} of {len(experts)} experts without",
+                expected=f"{noun} beside every adapter",
+                fix=command.format(folder=lacking[0].folder),
+            )
     return found

@@ -25,20 +25,25 @@ class Phatgoose(Router):
     """Scores are standardised gates times standardised activations."""
 
     needs = frozenset({"adapter", "gate"})
-    gates_EI: torch.Tensor
+    prototypes_EI: torch.Tensor
 
     def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
         super().__init__(stack, config)
-        assert stack.gates_EI is not None
+        vectors_EI = self.vectors(stack)
         self.eps = config.eps
         # 1/sqrt(I) is folded in
-        gates_EI = standardise(stack.gates_EI, config.eps) / math.sqrt(stack.gates_EI.shape[1])
-        self.register_buffer("gates_EI", gates_EI, persistent=False)
+        prototypes_EI = standardise(vectors_EI, config.eps) / math.sqrt(vectors_EI.shape[1])
+        self.register_buffer("prototypes_EI", prototypes_EI, persistent=False)
+
+    def vectors(self, stack: SiteStack) -> torch.Tensor:
+        """What tokens are matched with, (E, I), before it is standardised: the gates."""
+        assert stack.gates_EI is not None
+        return stack.gates_EI
 
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
         """See `Router.scores`."""
         x_NI = F.layer_norm(x_NI.float(), x_NI.shape[-1:], eps=self.eps)
-        return x_NI @ self.gates_EI.T
+        return x_NI @ self.prototypes_EI.T
 
 
 def standardise(v_EI: torch.Tensor, eps: float) -> torch.Tensor:

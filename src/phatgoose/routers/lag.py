@@ -1,0 +1,44 @@
+"""LAG: Arrow names candidates, SpectR picks one of them.
+
+    candidates = the `filter_k` best by |v . u|      (Arrow)
+    expert = argmax over candidates of || V^T u ||   (SpectR), with weight 1
+
+Source: "LAG: LoRA-Augmented Generation" (arXiv 2507.05346), which keeps 20
+candidates and splits its library into task and knowledge adapters; a pool is
+one library here.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phatgoose.config import RouterConfig
+from phatgoose.routers import Router, Routing
+from phatgoose.routers.arrow import ArrowPeft
+from phatgoose.routers.spectr import Spectr
+from phatgoose.stack import SiteStack
+
+
+class Lag(Router):
+    """One expert per token and site, by two scores."""
+
+    fixed_top_k = True
+
+    def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
+        super().__init__(stack, config)
+        self.arrow = ArrowPeft(stack, config)
+        self.spectr = Spectr(stack, config)
+        self.filter_k = min(config.filter_k, len(stack.present_E))
+
+    def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
+        """Arrow's scores: what candidates are chosen by."""
+        return self.arrow.scores(x_NI)
+
+    def forward(self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None) -> Routing:
+        """See `Router.forward`."""
+        allowed_E = self.absent_E if self.masked_E is None else self.absent_E + self.masked_E
+        arrow_NE = self.scores(x_NI) + allowed_E
+        candidates_NK = torch.topk(arrow_NE, self.filter_k, dim=-1).indices
+        filter_NE = torch.full_like(arrow_NE, -torch.inf).scatter(1, candidates_NK, 0.0)
+        best_N1, expert_ids_N1 = (self.spectr.scores(x_NI) + filter_NE + allowed_E).max(dim=-1, keepdim=True)
+        return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)

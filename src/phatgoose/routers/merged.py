@@ -1,0 +1,34 @@
+"""Merged Experts: one average update for every token, which no token can choose.
+
+    merged               dW = 1/E * sum over experts of scaling * B A    (average of the outer products)
+    merged-parameters    dW = (1/E sum scaling B) (1/E sum A)            (parameter average)
+
+Source: paper section 4.2 and its appendix. The first is what the paper calls
+Merged Experts; its rank may reach E * R, so it is computed as the sum of the
+experts' updates, never formed. An expert that does not adapt a site counts as an
+update of zero there. The official code's function for the first is missing from
+its repository; the second is its `average_lora_weights`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from phatgoose.routers import Routing
+from phatgoose.routers.uniform import Uniform
+
+
+class Merged(Uniform):
+    """The average of the outer products: weight 1/E for every expert."""
+
+    def choose(self, scores_NE: torch.Tensor) -> Routing:
+        """See `Router.choose`."""
+        masked = 0 if self.masked_E is None else self.masked_E.isinf().sum()
+        weights_NE = (scores_NE > float("-inf")).float() / (scores_NE.shape[1] - masked)
+        return super().choose(scores_NE)._replace(weights_NK=weights_NE.nan_to_num(0.0, posinf=0.0))
+
+
+class MergedParameters(Merged):
+    """The average of the parameters."""
+
+    mixing = "parameters"

@@ -1,0 +1,54 @@
+"""Retrieval: the owner of the example nearest to the prompt carries the whole sequence.
+
+    expert = owner of argmax over all experts' examples of cos(e(prompt), e(example)), with weight 1
+
+Source: Jang et al. 2023 as in paper section 4.2: all-MiniLM-L6-v2, 1,000 random
+training examples per expert. The official code embeds "Answer Choices: ...,
+Instance: ..."; a prompt of a deployed model has no list of choices, so the
+input alone is embedded, on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from phatgoose.config import RouterConfig
+from phatgoose.embeddings import load_embeddings
+from phatgoose.expert import Expert
+from phatgoose.routers import PromptRouter, Routing
+from phatgoose.routers.uniform import Uniform
+from phatgoose.sentence_encoder import SentenceEncoder
+
+
+class Retrieval(Uniform):
+    """One expert per prompt; the site has no say."""
+
+    needs = frozenset({"adapter", "embeddings"})
+    reads_prompts = True
+
+    @classmethod
+    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+        """See `Router.for_prompts`."""
+        return NearestExample(experts)
+
+    def choose(self, scores_NE: torch.Tensor) -> Routing:
+        """See `Router.choose`: the one expert that its prompt allows."""
+        best_N1, expert_ids_N1 = scores_NE.max(dim=-1, keepdim=True)
+        return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)
+
+
+class NearestExample(PromptRouter):
+    """Forbids every expert but the owner of the nearest example."""
+
+    def __init__(self, experts: Sequence[Expert]) -> None:
+        self.encoder = SentenceEncoder()
+        self.examples = [load_embeddings(expert.folder, self.encoder.name) for expert in experts]
+
+    def bias(self, prompts: Sequence[str], usable_E: torch.Tensor) -> torch.Tensor:
+        """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
+        prompts_BD = self.encoder.embed(prompts)
+        nearest_BE = torch.stack([(prompts_BD @ examples_MD.T).amax(dim=1) for examples_MD in self.examples], dim=1)
+        owners_B1 = nearest_BE.masked_fill(~usable_E.cpu(), -torch.inf).argmax(dim=1, keepdim=True)
+        return torch.full_like(nearest_BE, -torch.inf).scatter(1, owners_B1, 0.0)
