@@ -5,10 +5,12 @@
     ├── BaseModelError    the base model is missing, damaged or another one than expected
     ├── AdapterError      a PEFT adapter folder that cannot be an expert
     ├── GateError         a gate file that is missing, damaged or belongs elsewhere
+    ├── PrototypeError    mean activations or embeddings, likewise
     ├── PoolError         a pool folder or its manifest
     ├── RouterError       a router that cannot route among these experts
     ├── DataError         training or evaluation data
     ├── CheckpointError   an official PHATGOOSE checkpoint that cannot be imported
+    ├── ResultsError      a folder of evaluation results
     └── HubError          pushing to or pulling from a hub
 
 Each says what it is about, what was found, what was expected and the command
@@ -59,6 +61,10 @@ class GateError(PhatgooseError):
     """A gate file that is missing, damaged or belongs to another adapter."""
 
 
+class PrototypeError(PhatgooseError):
+    """Mean activations or embeddings that are missing, damaged or belong to another adapter."""
+
+
 class PoolError(PhatgooseError):
     """A pool folder or its manifest."""
 
@@ -73,6 +79,10 @@ class DataError(PhatgooseError):
 
 class CheckpointError(PhatgooseError):
     """An official PHATGOOSE checkpoint that cannot be imported."""
+
+
+class ResultsError(PhatgooseError):
+    """A folder of evaluation results that is damaged, mixed or of another pool."""
 
 
 class HubError(PhatgooseError):

@@ -63,7 +63,9 @@ class RoutedLinear(nn.Module):
         if self.router.mixing == "parameters":
             update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
         else:
-            update_NO = kernels.mix_loras(x_NI, self.a_ERI, self.b_ERO, *routing, backend=self.backend)
+            update_NO = kernels.mix_loras(
+                x_NI, self.a_ERI, self.b_ERO, routing.weights_NK, routing.expert_ids_NK, self.backend
+            )
         return y + update_NO.view(y.shape).to(y.dtype)
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
