@@ -58,6 +58,16 @@ def folder_files(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+def test_a_lost_folder_is_told(pool: Pool) -> None:
+    shutil.rmtree(pool.folder / "experts" / "e1")
+    for action in (pool.experts, lambda: route(pool)):
+        fails(PoolError, "has lost expert 'e1'", "experts/e1", "phatgoose pool remove", action=action)
+    (problem,) = pool.check()
+    assert "has lost expert 'e1'" in str(problem)
+    pool.remove("e1")
+    assert Pool.open(pool.folder).check() == []
+
+
 def test_remove_then_add_is_the_same_pool(pool: Pool, template: Path) -> None:
     before, fingerprint = files_of(pool.folder), pool.fingerprint
     pool.add(template / "new")
@@ -84,11 +94,11 @@ def test_replaced_files_are_no_longer_the_hubs(pool: Pool, template: Path, tmp_p
     again = pool.replace("new", version)
     assert (again.files, again.source, again.hub) == (added.files, "org/new@c0ffee", hub)
 
-    for seed in (1, 2):  # whose gate it is, is told once
+    for seed in (1, 2):
         make_gate(version, seed)
         gated = pool.replace("new", version)
         assert gated.files != added.files
-        assert (gated.source, gated.hub) == ("org/new@c0ffee, but for the gate", None)
+        assert (gated.source, gated.hub) == ("org/new@c0ffee (adapter only)", None)
         assert Pool.open(pool.folder).entry("new") == gated
 
     other = pool.replace("new", template / "e0")
@@ -230,7 +240,9 @@ def test_no_pool(tmp_path: Path) -> None:
     fails(PoolError, "a pool", action=lambda: Pool.create(tmp_path / "empty", "tiny-llama"))
     (tmp_path / "file").write_text("")
     fails(PoolError, "a file", action=lambda: Pool.create(tmp_path / "file", "tiny-llama"))
-    fails(PoolError, "file", action=lambda: Pool.open(tmp_path / "file"))
+    fails(PoolError, "found: a file", action=lambda: Pool.open(tmp_path / "file"))
+    fails(PoolError, "base model", action=lambda: Pool.create(tmp_path / "baseless", ""))
+    assert not (tmp_path / "baseless").exists()
 
 
 def entry(**changes: Any) -> dict[str, Any]:

@@ -10,15 +10,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.errors import PoolError
 from phatgoose.expert import EXPERT_NAME
 from phatgoose.files import write_json
-from phatgoose.gate import GATE_CONFIG_FILE, GATE_FILE
 
 MANIFEST_FILE = "pool.json"
 EXPERTS = "experts"  # the folder that holds the experts' folders
 FORMAT = 1
-OTHER_GATE = ", but for the gate"  # added to the source of an adapter whose gate was replaced
+ADAPTER_ONLY = " (adapter only)"  # added to the source of an expert whose gate, or the like, is from elsewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +75,8 @@ class Entry:
         changed = {file for file, _ in old.files.items() ^ self.files.items()}
         if not changed:
             return replace(self, source=old.source, hub=old.hub)
-        if changed <= {GATE_FILE, GATE_CONFIG_FILE}:
-            return replace(self, source=old.source.removesuffix(OTHER_GATE) + OTHER_GATE)
+        if not changed & {CONFIG_FILE, WEIGHTS_FILE}:
+            return replace(self, source=old.source.removesuffix(ADAPTER_ONLY) + ADAPTER_ONLY)
         return self
 
 
@@ -105,7 +105,7 @@ class Manifest:
         except (FileNotFoundError, NotADirectoryError) as error:
             raise PoolError(
                 f"{folder} is not a pool",
-                found="no " + MANIFEST_FILE if folder.is_dir() else "no such folder",
+                found="no " + MANIFEST_FILE if folder.is_dir() else "a file" if folder.exists() else "no such folder",
                 expected=MANIFEST_FILE,
                 fix=f"phatgoose pool create {folder} --base BASE",
             ) from error

@@ -42,10 +42,14 @@ class Pool:
         """Make an empty pool.
 
         Raises:
-            PoolError: the folder exists and is not empty.
+            PoolError: the folder exists and is not empty, or `base` is.
         """
         folder = Path(folder)
         check_new_folder(folder)
+        if not base:
+            raise PoolError(
+                f"pool {folder} needs a base model", expected="its hub id, or its folder", fix="--base BASE"
+            )
         manifest = Manifest(base=BaseId(name=base, revision=revision))
         with new_folder(folder) as temporary:
             manifest.write(temporary)
@@ -87,7 +91,7 @@ class Pool:
         """Open one expert (an expert that stays on the hub is downloaded).
 
         Raises:
-            PoolError: no such expert.
+            PoolError: no such expert, or its folder is gone.
             AdapterError: its folder is damaged.
             HubError: it cannot be downloaded.
         """
@@ -187,7 +191,7 @@ class Pool:
 
         Its entry does not claim to come from where the old one came from: a
         changed gate is told in `source`, a changed adapter has the new folder
-        as its source, and both are no longer the hub's.
+        as its source, and neither is the hub's any longer.
 
         Args:
             name: of the expert; it keeps its expert id.
@@ -256,7 +260,15 @@ class Pool:
 
     def _expert_folder(self, entry: Entry) -> Path:
         if entry.path is not None:
-            return self.folder / entry.path
+            folder = self.folder / entry.path
+            if not folder.is_dir():
+                raise PoolError(
+                    f"pool {self.folder} has lost expert {entry.name!r}",
+                    found=f"no folder {entry.path}",
+                    expected="the files that were added",
+                    fix=f"phatgoose pool remove {self.folder} {entry.name}, then add it again",
+                )
+            return folder
         from phatgoose.hub import download_expert
 
         assert entry.hub is not None
