@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from phatgoose.embeddings import load_embeddings
 from phatgoose.errors import PoolError
 from phatgoose.expert import Expert
 from phatgoose.files import sha256
 from phatgoose.manifest import BaseId, Entry
+from phatgoose.sentence_encoder import ENCODER
 
 
 def check_base(pool: Path, base: BaseId, expert: Expert) -> None:
@@ -29,6 +31,10 @@ def check_tensors(expert: Expert) -> None:
         pass
     if expert.has_gate:
         expert.load_gate()
+    if expert.brings("activations"):
+        expert.load_activations()
+    if expert.brings("embeddings"):
+        load_embeddings(expert.folder, ENCODER)
 
 
 def check_files(pool: Path, entry: Entry, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command line: phatgoose train | gate | pool | generate | route | demo.
+"""The command line: phatgoose train | gate | activations | embeddings | pool | generate | route | compare | demo.
 
 This module imports nothing heavy; each command imports what it needs when it
 runs, so that --help answers at once.
@@ -12,7 +12,9 @@ import sys
 import typer
 
 from phatgoose import __version__
+from phatgoose.cli.comparing import compare
 from phatgoose.cli.pools import pool_app
+from phatgoose.cli.prototypes import activations, embeddings
 from phatgoose.cli.running import demo, generate, route
 from phatgoose.cli.training import gate, train
 from phatgoose.errors import PhatgooseError
@@ -26,9 +28,12 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(gate)
+app.command()(activations)
+app.command()(embeddings)
 app.add_typer(pool_app, name="pool")
 app.command()(generate)
 app.command()(route)
+app.command()(compare)
 app.command()(demo)
 
 

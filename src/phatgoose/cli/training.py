@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from phatgoose.cli.experts import base_of, open_expert, writable
 from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, TextConfig
 
 Lora, Gate, Text = AdapterTrainingConfig, GateConfig, TextConfig
@@ -119,46 +118,13 @@ def gate(
 
     from phatgoose.base import load_base, load_tokenizer
     from phatgoose.data import read_examples
-    from phatgoose.errors import BaseModelError
-    from phatgoose.expert import Expert
-    from phatgoose.manifest import BaseId
+    from phatgoose.train import train_gate
 
-    expert = Expert(adapter)
-    made_for = BaseId(name=expert.adapter.config.base, revision=expert.adapter.config.revision)
-    wanted = BaseId(name=base or made_for.name, revision=revision or made_for.revision)
-    if not wanted.name:
-        raise BaseModelError(f"adapter {adapter} does not name its base model", fix="--base BASE")
-    if not wanted.matches(made_for):
-        raise BaseModelError(
-            f"adapter {adapter} was made for another base model",
-            found=str(wanted),
-            expected=str(made_for),
-            fix="leave --base out",
-        )
+    expert = open_expert(adapter)
+    wanted = base_of(expert, base, revision)
     examples = read_examples(data, split)
     model = load_base(wanted.name, wanted.revision, dtype=dtype, device=device)
     tokenizer = load_tokenizer(wanted.name, wanted.revision)
-    _train_gate(expert, model, tokenizer, examples, config, text, save_dtype)
+    with writable(expert) as target:
+        train_gate(model, tokenizer, target, examples, config=config, text=text, save_dtype=save_dtype)
     typer.echo(f"gate: {adapter / 'gate.safetensors'}")
-
-
-def _train_gate(
-    expert: Any, model: Any, tokenizer: Any, examples: Any, config: GateConfig, text: TextConfig, save_dtype: Dtype
-) -> None:
-    from phatgoose.expert import Expert
-    from phatgoose.pool import containing_pool
-    from phatgoose.train import train_gate
-
-    inside = containing_pool(expert.folder)
-    if inside is None:
-        train_gate(model, tokenizer, expert, examples, config=config, text=text, save_dtype=save_dtype)
-        return
-    # The manifest has the checksums of a pool's files: the expert is replaced as a whole.
-    pool, name = inside
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch) / name
-        copy.mkdir()
-        for file in expert.files():
-            shutil.copyfile(file, copy / file.name)
-        train_gate(model, tokenizer, Expert(copy), examples, config=config, text=text, save_dtype=save_dtype)
-        pool.replace(name, copy)
