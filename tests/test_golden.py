@@ -26,7 +26,8 @@ from phatgoose.gated import GatedModel
 from phatgoose.kernels import BACKENDS
 from phatgoose.pool import Pool
 from phatgoose.routed import RoutedModel
-from phatgoose.train import target_loss, train_gate
+from phatgoose.train import train_gate
+from phatgoose.trainer import target_loss
 
 BASE = str(GOLDEN / "base")
 

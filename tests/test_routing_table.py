@@ -9,10 +9,9 @@ import pytest
 import torch
 from conftest import as_text, make_pool, make_tokenizer, t5
 
-from phatgoose.config import TextConfig
+from phatgoose.config import GenerationConfig, TextConfig
 from phatgoose.data import Encoder
 from phatgoose.demo import routed_sample, token_table
-from phatgoose.generation import GenerationConfig
 from phatgoose.routed import RoutedModel
 from phatgoose.routers import Routing
 from phatgoose.routing_table import describe_site, layer_weights, to_json, token_shares

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,12 +25,14 @@ from transformers import (
 )
 
 from phatgoose.config import Dtype
-from phatgoose.errors import BaseModelError
+from phatgoose.errors import BaseModelError, ConfigError
 from phatgoose.files import new_folder, sha256
 from phatgoose.manifest import BaseId
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["4bit", "8bit"]
+# missing, unknown, of wrong shapes, cut off, or with a config that makes no sense
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,22 +87,38 @@ def load_base(
         quantization: "4bit" or "8bit" through bitsandbytes.
 
     Raises:
-        BaseModelError: it cannot be found or loaded.
+        BaseModelError: it cannot be found or loaded, or lacks weights.
+        ConfigError: there is no such device.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _check_device(device)
     if dtype is None:
         dtype = "bf16" if device.startswith("cuda") else "fp32"
     source = base_source(name)
-    options: dict[str, Any] = {"revision": revision, "dtype": DTYPES[dtype], "device_map": {"": device}}
+    options: dict[str, Any] = {
+        "revision": revision,
+        "dtype": DTYPES[dtype],
+        "device_map": {"": device},
+        "output_loading_info": True,
+    }
     if quantization is not None:
         options["quantization_config"] = _bitsandbytes_config(quantization, DTYPES[dtype])
     try:
         config = AutoConfig.from_pretrained(source, revision=revision)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model: PreTrainedModel = auto.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
+        loaded: Any = auto.from_pretrained(source, **options)
+    except _LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
+    model: PreTrainedModel
+    model, info = loaded
+    if info["missing_keys"]:  # transformers fills them with random numbers
+        raise BaseModelError(
+            f"base model {name!r} lacks weights",
+            found=f"nothing for {min(info['missing_keys'])} ({len(info['missing_keys'])} such)",
+            expected=f"all weights of {type(model).__name__}",
+            fix="download it again, or check its config.json",
+        )
     # The name goes into every adapter, gate and pool made with this model. A
     # cache folder of this machine would mean nothing elsewhere.
     model.config._name_or_path = name
@@ -117,7 +137,7 @@ def empty_base(name: str, revision: str | None = None) -> PreTrainedModel:
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
             model: PreTrainedModel = auto.from_config(config)
-    except (OSError, ValueError) as error:
+    except _LOADING_ERRORS as error:
         raise _cannot_load(name, error) from error
     model.config._name_or_path = name
     return model
@@ -131,8 +151,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_source(name), revision=revision)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(name, error) from error
+    except _LOADING_ERRORS as error:
+        raise BaseModelError(
+            f"cannot load the tokenizer of base model {name!r}",
+            found=_first_line(error),
+            expected="tokenizer.json and tokenizer_config.json beside the model",
+            fix="save it there with the tokenizer's save_pretrained",
+        ) from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -209,10 +234,27 @@ def _bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute_dtype, bnb_4bit_quant_type="nf4")
 
 
+def _check_device(device: str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # no such device, no such kind of device, or not in this build
+        raise ConfigError(
+            f"cannot use device {device!r}",
+            found=_first_line(error),
+            expected='one that torch knows here, such as "cpu"',
+            fix="leave --device out",
+        ) from error
+
+
 def _cannot_load(name: str, error: Exception) -> BaseModelError:
+    lost = name.startswith(("/", ".", "~")) and not Path(name).is_dir()
     return BaseModelError(
         f"cannot load base model {name!r}",
-        found=str(error).splitlines()[0],
+        found="no such folder" if lost else _first_line(error),
         expected=f"a folder, a hub id, or one of: {', '.join(EMBEDDED)}",
         fix="check the name, or download the model first and give its folder",
     )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from phatgoose.errors import ConfigError
 
 Dtype = Literal["fp32", "bf16"]
+SEEDS = 2**32  # NumPy's, which transformers seeds too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +84,29 @@ class TextConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How an answer is drawn.
+
+    Attributes:
+        max_new_tokens: longest answer.
+        num_beams: of beam search; 1 is greedy.
+        sample: draw from the distribution instead of taking the best.
+        seed: of the drawing.
+    """
+
+    max_new_tokens: int = 64
+    num_beams: int = 1
+    sample: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_beams"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, then a constant rate (paper section 4.1).
 
@@ -115,10 +140,15 @@ class OptimizerConfig:
                 raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError("warmup_ratio must lie between 0 and 1", found=str(self.warmup_ratio))
-        if not (self.learning_rate > 0 and self.clip > 0):
-            raise ConfigError("learning_rate and clip must be positive", found=f"{self.learning_rate} and {self.clip}")
-        if not self.weight_decay >= 0:
-            raise ConfigError("weight_decay must not be negative", found=str(self.weight_decay))
+        if not (0 < self.learning_rate < math.inf and self.clip > 0):
+            raise ConfigError(
+                "learning_rate and clip must be positive",
+                found=f"{self.learning_rate} and {self.clip}",
+                expected="numbers above 0",
+            )
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError("weight_decay must not be negative", found=str(self.weight_decay), expected="0 or more")
+        _check_seed(self.seed)
         if self.dtype not in ("fp32", "bf16"):
             raise ConfigError("unknown dtype", found=str(self.dtype), expected="fp32 or bf16")
 
@@ -188,3 +218,8 @@ class BootstrapConfig:
             raise ConfigError("confidence must lie between 0 and 1", found=str(self.confidence))
         if self.seed < 0:
             raise ConfigError("seed must not be negative", found=str(self.seed), expected="0 or more")
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < SEEDS:
+        raise ConfigError("seed is out of range", found=str(seed), expected=f"0 to {SEEDS - 1}")

@@ -28,10 +28,10 @@ from transformers import PreTrainedModel
 from phatgoose import __version__
 from phatgoose.adapter import PREFIX, WEIGHTS_FILE
 from phatgoose.errors import CheckpointError
-from phatgoose.expert import Expert
-from phatgoose.files import sha256
+from phatgoose.expert import Expert, check_name
+from phatgoose.files import new_folder, sha256
 from phatgoose.gate import GateProvenance, save_gate
-from phatgoose.pool import Pool
+from phatgoose.pool import Pool, check_new_folder
 from phatgoose.sites import check_sites
 
 _EXPERT = re.compile(
@@ -67,28 +67,30 @@ def import_official(
     Raises:
         CheckpointError: the file cannot be read, or holds something else.
         BaseModelError: it does not fit the base model.
+        ConfigError: an expert cannot be named so.
         PoolError: `out` is not empty.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint, out = Path(checkpoint), Path(out)
+    check_new_folder(out)
     experts = _sort_keys(checkpoint, _read(checkpoint))
     if names is None:
         names = [f"expert-{i:02d}" for i in range(len(experts))]
     if len(names) != len(experts) or len(set(names)) != len(names):
         raise CheckpointError(
             f"the names do not fit {checkpoint}",
-            found=f"{len(set(names))} names",
+            found=f"{len(names)} names, {len(set(names))} different",
             expected=f"{len(experts)} different names",
             fix="--names with one name for each expert, in the order of their numbers",
         )
-    with tempfile.TemporaryDirectory(dir=Path(out).resolve().parent, prefix=".import.") as scratch:
-        folders = [Path(scratch) / name for name in names]
+    with new_folder(out) as temporary, tempfile.TemporaryDirectory(dir=out.parent, prefix=".import.") as scratch:
+        folders = [Path(scratch) / check_name(name) for name in names]
         for folder, parts in zip(folders, experts, strict=True):
             _write_expert(checkpoint, folder, parts, base, model.config.is_encoder_decoder)
         check_sites(model, [Expert(folder) for folder in folders])
-        pool = Pool.create(out, base)
+        pool = Pool.create(temporary, base)
         for folder in folders:
             pool.add(folder, source=checkpoint.name)
-    return pool
+    return Pool.open(out)
 
 
 def _read(checkpoint: Path) -> dict[str, torch.Tensor]:

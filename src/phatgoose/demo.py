@@ -8,13 +8,13 @@ from typing import Any
 from rich.console import Console
 from rich.panel import Panel
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from phatgoose.base import load_base, load_tokenizer
-from phatgoose.config import TextConfig
+from phatgoose.config import GenerationConfig, TextConfig
 from phatgoose.data import Encoder
-from phatgoose.generation import Answer, GenerationConfig, answer, traced_answer
-from phatgoose.page import Sample, write_page
+from phatgoose.generation import Answer, answer, traced_answer
+from phatgoose.page import Sample, check_page_path, write_page
 from phatgoose.pool import Pool
 from phatgoose.routed import RoutedModel
 from phatgoose.routing_table import to_json
@@ -47,15 +47,16 @@ def run_demo(folder: Path, html: Path, *, top_k: int, max_new_tokens: int) -> No
         max_new_tokens: longest answer.
 
     Raises:
-        PhatgooseError: the pool or the base model cannot be used.
+        PhatgooseError: the pool, the base model or a setting cannot be used.
     """
+    config = GenerationConfig(max_new_tokens=max_new_tokens)
+    check_page_path(html)
     console = Console()
     pool = Pool.open(folder)
     console.print(f"base model {pool.base}; {len(pool)} experts: {', '.join(pool.names)}")
     with console.status("loading the base model (the first time it is dequantised, about half a minute)"):
         model = load_base(pool.base.name, pool.base.revision)
         encoder = Encoder(load_tokenizer(pool.base.name, pool.base.revision), model.config, TextConfig())
-    config = GenerationConfig(max_new_tokens=max_new_tokens)
 
     base_answers = [answer(model, encoder, prompt, config) for prompt in track(PROMPTS, "base model", console=console)]
     routed = RoutedModel.from_pool(model, pool, top_k=top_k)
@@ -65,7 +66,6 @@ def run_demo(folder: Path, html: Path, *, top_k: int, max_new_tokens: int) -> No
     ]
     for sample in samples:
         console.print(_panel(sample))
-    html.parent.mkdir(parents=True, exist_ok=True)
     write_page(html, samples, pool_name=folder.name, base=pool.base.name, router="phatgoose", top_k=top_k)
     console.print(f"routing per token and layer: {html}")
 
@@ -88,16 +88,17 @@ def routed_sample(
 
 def token_table(routing: dict[str, Any]) -> Table:
     """Each token with its leading expert and that expert's share; see `routing_table.to_json`."""
-    table = Table("token", "leading expert", "share", "next", "share")
+    headers = ("token", "leading expert", "share", "next", "share")
+    table = Table(*(Column(header, overflow="fold") for header in headers))
     for i, (token, shares) in enumerate(zip(routing["tokens"], routing["token_shares"], strict=True)):
         if i == routing["num_prompt"]:
             table.add_section()
         if shares is None:  # no routed layer read it: the last token, or a whole input or output
-            table.add_row(repr(token), "-", "", "", "")
+            table.add_row(_plain(repr(token)), "-", "", "", "")
             continue
         order = sorted(range(len(shares)), key=lambda e: -shares[e])[:2]
         cells = [cell for e in order for cell in (routing["experts"][e], f"{shares[e]:.0%}")]
-        table.add_row(repr(token), *cells)
+        table.add_row(_plain(repr(token)), *cells)
     return table
 
 

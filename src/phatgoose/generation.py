@@ -11,26 +11,10 @@ from typing import Any
 import torch
 from transformers import set_seed
 
+from phatgoose.config import GenerationConfig
 from phatgoose.data import Encoder
 from phatgoose.routed import RoutedModel
 from phatgoose.trace import Trace
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerationConfig:
-    """How an answer is drawn.
-
-    Attributes:
-        max_new_tokens: longest answer.
-        num_beams: of beam search; 1 is greedy.
-        sample: draw from the distribution instead of taking the best.
-        seed: of the drawing.
-    """
-
-    max_new_tokens: int = 64
-    num_beams: int = 1
-    sample: bool = False
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

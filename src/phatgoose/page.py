@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from phatgoose.errors import ConfigError
 from phatgoose.files import replacing
 
 TEMPLATE = "page.html.jinja"
@@ -40,7 +41,7 @@ class Sample:
 def write_page(
     path: str | Path, samples: Sequence[Sample], *, pool_name: str, base: str, router: str, top_k: int
 ) -> None:
-    """Write the page; an older file at `path` is replaced as one step.
+    """Write the page, and the folders above it; an older file at `path` is replaced as one step.
 
     Args:
         path: of the .html file.
@@ -68,8 +69,18 @@ def write_page(
         top_k=top_k,
         unit=UNIT,
     )
-    with replacing(Path(path)) as temporary:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
         temporary.write_text(html, encoding="utf-8")
+
+
+def check_page_path(path: Path) -> None:
+    """Raise ConfigError unless a page can be written to `path`: before a model is loaded, not after."""
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    found = f"{path} is a folder" if path.is_dir() else None if above.is_dir() else f"{above} is a file"
+    if found is not None:
+        raise ConfigError(f"cannot write a page to {path}", found=found, expected="the name of a file to write")
 
 
 def _template() -> Any:

@@ -15,23 +15,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from phatgoose import __version__
 from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.base import DTYPES, base_id, base_source
 from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, OptimizerConfig, TextConfig
-from phatgoose.data import IGNORED, Encoder, Example, fingerprint
-from phatgoose.errors import AdapterError, ConfigError
+from phatgoose.data import Encoder, Example, fingerprint
+from phatgoose.errors import AdapterError, ConfigError, GateError
 from phatgoose.expert import Expert
 from phatgoose.files import new_folder, replacing, sha256, write_json
 from phatgoose.gate import GateProvenance, save_gate
 from phatgoose.gated import GatedModel
-
-_RUN_FILE = "run.json"
+from phatgoose.sites import linear_shape
+from phatgoose.trainer import run_trainer
 
 
 def train_adapter(
@@ -64,16 +63,12 @@ def train_adapter(
         `out`.
 
     Raises:
-        AdapterError: `out` exists already.
-        ConfigError: an unfinished run with other settings lies in the work folder.
+        AdapterError: `out` exists already, or the training diverged.
+        ConfigError: `config` names layers that cannot be adapted, or an unfinished
+            run with other settings lies in the work folder.
     """
-    from peft import LoraConfig, get_peft_model
-
     config, text, out = config or AdapterTrainingConfig(), text or TextConfig(), Path(out)
-    if out.exists():
-        raise AdapterError(
-            f"{out} exists already", expected="a new folder", fix="choose another --out, or delete it first"
-        )
+    check_out(out)
     encoder = Encoder(tokenizer, model.config, text)
     set_seed(config.seed)
     targets = config.target_modules
@@ -93,9 +88,13 @@ def train_adapter(
     work = out.with_name(out.name + ".training")
     run = _describe(config, text, model, examples, validation)
     try:
-        _run_trainer(
+        _check_targets(peft_model)
+        run_trainer(
             peft_model, encoder, examples, config, work, run, save_steps=config.save_steps, validation=validation
         )
+        trained = [p for p in peft_model.parameters() if p.requires_grad]
+        if not all(torch.isfinite(p).all() for p in trained):
+            raise AdapterError(**_diverged(f"adapter {out}", config, work))
         if _is_main_process():
             with new_folder(out) as temporary:
                 _save_adapter(peft_model, temporary, base_id(model).name, DTYPES[save_dtype])
@@ -103,6 +102,14 @@ def train_adapter(
     finally:
         peft_model.unload()
     return out
+
+
+def check_out(out: Path) -> None:
+    """Raise AdapterError if something lies where a new adapter is to be made."""
+    if out.exists():
+        raise AdapterError(
+            f"{out} exists already", expected="a new folder", fix="choose another --out, or delete it first"
+        )
 
 
 def train_gate(
@@ -134,6 +141,7 @@ def train_gate(
     Raises:
         BaseModelError: the expert does not fit the model.
         AdapterError: the expert's weights are damaged.
+        GateError: the training diverged.
     """
     config, text = config or GateConfig(), text or TextConfig()
     encoder = Encoder(tokenizer, model.config, text)
@@ -143,10 +151,12 @@ def train_gate(
     gated = GatedModel(model, expert)
     work = expert.folder.with_name(expert.folder.name + ".gating")
     try:
-        _run_trainer(gated, encoder, examples, config, work, run, save_steps=max(1, config.steps // 4))
+        run_trainer(gated, encoder, examples, config, work, run, save_steps=max(1, config.steps // 4))
         vectors = {site: v.detach().cpu() for site, v in gated.gates().items()}
     finally:
         gated.unwrap()
+    if not all(torch.isfinite(v).all() for v in vectors.values()):
+        raise GateError(**_diverged(f"the gate of {expert.folder}", config, work))
     if _is_main_process():
         provenance = GateProvenance(
             base=base.name,
@@ -164,120 +174,6 @@ def train_gate(
     return vectors
 
 
-def target_loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the labels that count; labels[t] belongs to logits[t]."""
-    # Prompts are long and targets short: fp32 copies of the logits are made for the targets alone
-    counts_BS = labels_BS != IGNORED
-    return F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS])
-
-
-class _TargetTrainer(Trainer):
-    """transformers' Trainer with `target_loss`."""
-
-    def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        inputs = dict(inputs)
-        loss = target_loss(model(**{k: v for k, v in inputs.items() if k != "targets"}).logits, inputs["targets"])
-        return (loss, {}) if return_outputs else loss
-
-
-def _run_trainer(
-    model: nn.Module,
-    encoder: Encoder,
-    examples: Sequence[Example],
-    config: OptimizerConfig,
-    work: Path,
-    run: dict[str, Any],
-    *,
-    save_steps: int,
-    validation: Sequence[Example] = (),
-) -> None:
-    """Train what requires a gradient; go on from the last checkpoint in `work` if there is one."""
-    checkpoint = _last_checkpoint(work, run)
-    evaluates = "steps" if validation else "no"
-    arguments = TrainingArguments(
-        output_dir=str(work),
-        max_steps=config.steps,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if config.warmup_steps else "constant",
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.clip,
-        optim="adamw_torch",
-        seed=config.seed,
-        bf16=config.dtype == "bf16",
-        save_steps=save_steps,
-        save_total_limit=2,
-        eval_strategy=evaluates,
-        eval_steps=save_steps,
-        load_best_model_at_end=bool(validation),
-        logging_steps=max(1, config.steps // 20),
-        report_to=[],
-        remove_unused_columns=False,
-        label_names=["targets"],
-        prediction_loss_only=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
-    )
-
-    def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        batch = encoder.collate(rows)
-        # Under the name "labels" the model would compute a loss of its own, and
-        # the Trainer would rescale ours by a count of labels that it shifts
-        # or not depending on the model.
-        batch["targets"] = batch.pop("labels")
-        return batch
-
-    trainer = _TargetTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=[encoder.encode(example) for example in examples],
-        eval_dataset=[encoder.encode(example) for example in validation] or None,
-        data_collator=collate,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-
-
-def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from; None for a new run, whose description is written down."""
-    path = work / _RUN_FILE
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in old.keys() | run.keys() if old.get(key) != run.get(key))
-        if different:
-            raise ConfigError(
-                f"{work} holds an unfinished run with other settings",
-                found=f"{different[0]}: {old.get(different[0])!r}",
-                expected=f"{run.get(different[0])!r}",
-                fix=f"use the old settings to go on, or delete {work} to begin anew",
-            )
-        # From a checkpoint of the last step the Trainer would train one batch too many:
-        # it looks for the end only after a batch. The last stretch is repeated instead.
-        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
-        return str(max(whole, key=_step)) if whole else None
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(path, run)
-    return None
-
-
-def _step(checkpoint: Path) -> int:
-    """The optimiser step that a checkpoint's name says."""
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer finished a checkpoint; its state is the last file that it writes."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
-    return True
-
-
 def _describe(
     config: OptimizerConfig,
     text: TextConfig,
@@ -291,6 +187,30 @@ def _describe(
         "base": str(base_id(model)),
         "data": fingerprint(examples),
         "validation": fingerprint(validation) if validation else None,
+    }
+
+
+def _check_targets(peft_model: Any) -> None:
+    """PEFT can adapt embeddings and convolutions too; a router cannot mix those."""
+    for name, module in peft_model.base_model.model.named_modules():
+        if isinstance(module, LoraLayer) and linear_shape(module.get_base_layer()) is None:
+            raise ConfigError(
+                f"{name} cannot be adapted",
+                found=type(module.get_base_layer()).__name__,
+                expected="names of linear layers",
+                fix="--target-modules all-linear",
+            )
+
+
+def _diverged(what: str, config: OptimizerConfig, work: Path) -> dict[str, str]:
+    """An error's text. The checkpoints go: another try has other settings, and would trip over them."""
+    if _is_main_process():
+        shutil.rmtree(work)
+    return {
+        "what": f"{what} is not finite after {config.steps} steps",
+        "found": "NaN or infinity",
+        "expected": "finite numbers",
+        "fix": f"--learning-rate, lower than {config.learning_rate:g}",
     }
 
 

@@ -6,8 +6,10 @@ runs, so that --help answers at once.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -18,6 +20,14 @@ from phatgoose.cli.prototypes import activations, embeddings
 from phatgoose.cli.running import demo, generate, route
 from phatgoose.cli.training import gate, train
 from phatgoose.errors import PhatgooseError
+
+# what a disk may answer; any other OSError is a bug of ours
+_REFUSALS = frozenset(
+    (
+        errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
+        errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS,
+    )
+)  # fmt: skip
 
 app = typer.Typer(
     name="phatgoose",
@@ -51,9 +61,17 @@ def _options(
 
 
 def main() -> None:
-    """Run a command; user errors end with one message and exit code 2."""
+    """Run a command; user errors, and a disk that refuses, end with one message and exit code 2."""
     try:
         app()
     except PhatgooseError as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
-        sys.exit(2)
+        _fail(error)
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        _fail(PhatgooseError(f"cannot use {error.filename or 'the disk'}", found=error.strerror))
+
+
+def _fail(error: PhatgooseError) -> NoReturn:
+    typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+    sys.exit(2)

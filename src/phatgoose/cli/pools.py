@@ -36,10 +36,15 @@ def add(
     link: Annotated[bool, typer.Option("--link", help="Leave the files on the hub; pin their revision.")] = False,
 ) -> None:
     """Add an adapter, and its gate if it has one."""
+    from phatgoose.errors import ConfigError
     from phatgoose.pool import Pool
 
     opened = Pool.open(pool)
     if Path(adapter).exists() or not _is_repository(adapter):
+        if link or revision is not None:
+            raise ConfigError(
+                "--link and --revision are for hub repositories", found=adapter, expected="OWNER/NAME of a repository"
+            )
         entry = opened.add(adapter, name)
     elif link:
         entry = opened.link(adapter, name, revision)
@@ -89,13 +94,16 @@ def list_experts(
         typer.echo(json.dumps({"base": str(opened.base), "experts": rows}, indent=1))
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table("id", "expert", "gate", "rank", "sites", "source", title=f"{pool}, for {opened.base}")
+    # what does not fit is broken into lines, not cut off
+    columns = [Column(header, overflow="fold") for header in ("id", "expert", "gate", "rank", "sites", "source")]
+    table = Table(*columns, title=Text(f"{pool}, for {opened.base}"))
     for row in rows:
         ranks_text = ", ".join(map(str, row["ranks"]))  # type: ignore[call-overload]
         gate = "yes" if row["gate"] else "no"
-        table.add_row(str(row["id"]), str(row["name"]), gate, ranks_text, str(row["sites"]), str(row["source"]))
+        table.add_row(str(row["id"]), str(row["name"]), gate, ranks_text, str(row["sites"]), Text(str(row["source"])))
     Console().print(table)
 
 

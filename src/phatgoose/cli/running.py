@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from phatgoose.config import Dtype, RouterConfig, TextConfig
+from phatgoose.config import Dtype, GenerationConfig, RouterConfig, TextConfig
 
 if TYPE_CHECKING:
     from phatgoose.data import Encoder
@@ -32,18 +32,19 @@ def generate(
     router: RouterName = RouterConfig.router,
     top_k: TopK = RouterConfig.top_k,
     separator: Separator = TextConfig.separator,
-    max_new_tokens: MaxNewTokens = 64,
-    num_beams: Annotated[int, typer.Option(help="Of beam search; 1 is greedy.")] = 1,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw from the distribution.")] = False,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = 0,
+    max_new_tokens: MaxNewTokens = GenerationConfig.max_new_tokens,
+    num_beams: Annotated[int, typer.Option(help="Of beam search; 1 is greedy.")] = GenerationConfig.num_beams,
+    sample: Annotated[bool, typer.Option("--sample", help="Draw from the distribution.")] = GenerationConfig.sample,
+    seed: Annotated[int, typer.Option(help="Of the drawing.")] = GenerationConfig.seed,
     dtype: ModelDtype = None,
     device: Device = None,
 ) -> None:
     """Answer a prompt with a routed pool."""
-    from phatgoose.generation import GenerationConfig, answer
+    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, seed=seed)
+
+    from phatgoose.generation import answer
 
     model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
-    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, seed=seed)
     typer.echo(answer(model, encoder, text, config).text)
 
 
@@ -61,14 +62,16 @@ def route(
     device: Device = None,
 ) -> None:
     """Show which experts carry each token of a prompt and of its answer."""
+    config = GenerationConfig(max_new_tokens=max_new_tokens)
+
     from phatgoose.demo import routed_sample
-    from phatgoose.generation import GenerationConfig
+    from phatgoose.page import check_page_path, write_page
 
-    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
-    sample = routed_sample(model, encoder, text, GenerationConfig(max_new_tokens=max_new_tokens))
     if html is not None:
-        from phatgoose.page import write_page
-
+        check_page_path(html)
+    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
+    sample = routed_sample(model, encoder, text, config)
+    if html is not None:
         base_name = base or model.pool.base.name
         write_page(html, [sample], pool_name=pool.name, base=base_name, router=router, top_k=top_k)
         typer.echo(f"page: {html}", err=True)
@@ -81,7 +84,7 @@ def route(
 
     console = Console()
     console.print(token_table(sample.routing))
-    console.print("answer: " + sample.pool_answer, markup=False)
+    console.print("answer: " + sample.pool_answer, markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(

@@ -71,8 +71,9 @@ def train(
 
     from phatgoose.base import load_base, load_tokenizer
     from phatgoose.data import read_examples
-    from phatgoose.train import train_adapter
+    from phatgoose.train import check_out, train_adapter
 
+    check_out(out)
     examples = read_examples(data, split)
     validation = read_examples(data, validation_split) if validation_split else []
     train_adapter(

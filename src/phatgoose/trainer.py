@@ -1,0 +1,154 @@
+"""A run of transformers' Trainer that can be killed and goes on when it is started again.
+
+Axes: B sequences, S positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+
+from phatgoose.config import OptimizerConfig
+from phatgoose.data import IGNORED, Encoder, Example
+from phatgoose.errors import ConfigError
+from phatgoose.files import write_json
+
+_RUN_FILE = "run.json"
+
+
+def target_loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy over the labels that count; labels[t] belongs to logits[t]."""
+    # Prompts are long and targets short: fp32 copies of the logits are made for the targets alone
+    counts_BS = labels_BS != IGNORED
+    return F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS])
+
+
+class _TargetTrainer(Trainer):
+    """transformers' Trainer with `target_loss`."""
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        inputs = dict(inputs)
+        loss = target_loss(model(**{k: v for k, v in inputs.items() if k != "targets"}).logits, inputs["targets"])
+        return (loss, {}) if return_outputs else loss
+
+
+def run_trainer(
+    model: nn.Module,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    config: OptimizerConfig,
+    work: Path,
+    run: dict[str, Any],
+    *,
+    save_steps: int,
+    validation: Sequence[Example] = (),
+) -> None:
+    """Train what requires a gradient; go on from the last checkpoint in `work` if there is one.
+
+    Args:
+        model: called with input_ids, attention_mask and, if it has them,
+            decoder_input_ids; gives logits.
+        encoder: makes batches of examples.
+        examples: training data.
+        config: settings.
+        work: folder of the checkpoints.
+        run: everything that makes this run what it is; a run with another
+            description is not gone on with.
+        save_steps: steps between checkpoints.
+        validation: if given, the checkpoint with the lowest loss on it is loaded at the end.
+
+    Raises:
+        ConfigError: an unfinished run with other settings lies in `work`.
+    """
+    checkpoint = _last_checkpoint(work, run)
+    evaluates = "steps" if validation else "no"
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=config.steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type="constant_with_warmup" if config.warmup_steps else "constant",
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.clip,
+        optim="adamw_torch",
+        seed=config.seed,
+        bf16=config.dtype == "bf16",
+        save_steps=save_steps,
+        save_total_limit=2,
+        eval_strategy=evaluates,
+        eval_steps=save_steps,
+        load_best_model_at_end=bool(validation),
+        logging_steps=max(1, config.steps // 20),
+        report_to=[],
+        remove_unused_columns=False,
+        label_names=["targets"],
+        prediction_loss_only=True,
+        use_cpu=not torch.cuda.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+    def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = encoder.collate(rows)
+        # Under the name "labels" the model would compute a loss of its own, and
+        # the Trainer would rescale ours by a count of labels that it shifts
+        # or not depending on the model.
+        batch["targets"] = batch.pop("labels")
+        return batch
+
+    trainer = _TargetTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=[encoder.encode(example) for example in examples],
+        eval_dataset=[encoder.encode(example) for example in validation] or None,
+        data_collator=collate,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from; None for a new run, whose description is written down."""
+    path = work / _RUN_FILE
+    if path.is_file():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        different = sorted(key for key in old.keys() | run.keys() if old.get(key) != run.get(key))
+        if different:
+            raise ConfigError(
+                f"{work} holds an unfinished run with other settings",
+                found=f"{different[0]}: {old.get(different[0])!r}",
+                expected=f"{run.get(different[0])!r}",
+                fix=f"use the old settings to go on, or delete {work} to begin anew",
+            )
+        # From a checkpoint of the last step the Trainer would train one batch too many:
+        # it looks for the end only after a batch. The last stretch is repeated instead.
+        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
+        return str(max(whole, key=_step)) if whole else None
+    work.mkdir(parents=True, exist_ok=True)
+    write_json(path, run)
+    return None
+
+
+def _step(checkpoint: Path) -> int:
+    """The optimiser step that a checkpoint's name says."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the Trainer finished a checkpoint; its state is the last file that it writes."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+    return True
