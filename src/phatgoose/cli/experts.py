@@ -62,10 +62,12 @@ def writable(expert: Expert) -> Iterator[Expert]:
     """Yield an expert whose folder may be written to.
 
     A pool's manifest has the checksums of its files: an expert inside a pool is
-    copied, and the copy takes its place as a whole at the end.
+    copied, and the copy takes its place as a whole at the end. Of the processes
+    of one training, the main one alone does so.
     """
     from phatgoose.expert import Expert
     from phatgoose.pool import containing_pool
+    from phatgoose.train import _is_main_process
 
     inside = containing_pool(expert.folder)
     if inside is None:
@@ -78,4 +80,5 @@ def writable(expert: Expert) -> Iterator[Expert]:
         for file in expert.files():
             shutil.copyfile(file, copy / file.name)
         yield Expert(copy)
-        pool.replace(name, copy)
+        if _is_main_process():
+            pool.replace(name, copy)
