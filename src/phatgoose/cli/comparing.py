@@ -1,0 +1,106 @@
+"""phatgoose compare."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from phatgoose.config import BootstrapConfig, RouterConfig
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from phatgoose.comparison_tables import Table
+
+# Of a table that no terminal limits.
+WIDE = 200
+
+
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Folders that phatgoose eval wrote, one for each seed's pool.")],
+    against: Annotated[str, typer.Option(help="Compare the other methods with this one.")] = RouterConfig.router,
+    suite: Annotated[str | None, typer.Option(help="Only these suites, separated by commas.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for comparison.md and comparison.html; the first of RESULTS.")
+    ] = None,
+    experts: Annotated[bool, typer.Option("--experts", help="List every single expert, not only the best.")] = False,
+    resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = BootstrapConfig.num_resamples,
+    confidence: Annotated[float, typer.Option(help="Of the intervals.")] = BootstrapConfig.confidence,
+    seed: Annotated[int, typer.Option(help="Of the resampling.")] = BootstrapConfig.seed,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON instead of tables.")] = False,
+) -> None:
+    """Compare evaluated methods, with intervals; write tables and a page with plots."""
+    import json
+    from dataclasses import asdict
+
+    from phatgoose.comparison import compare as compare_results
+    from phatgoose.comparison_page import write_comparison_page
+    from phatgoose.comparison_tables import all_tables, markdown
+    from phatgoose.errors import ResultsError
+    from phatgoose.files import replacing
+    from phatgoose.results import read_results
+
+    config = BootstrapConfig(num_resamples=resamples, confidence=confidence, seed=seed)
+    rows, warnings = read_results(results)
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
+    suites = [name.strip() for name in suite.split(",") if name.strip()] if suite else None
+    comparison = compare_results(rows, against=against, suites=suites, experts=experts, bootstrap=config)
+
+    folder = out or results[0]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / "comparison.md") as temporary:
+            temporary.write_text(markdown(comparison), encoding="utf-8")
+        write_comparison_page(folder / "comparison.html", comparison)
+    except OSError as error:
+        raise ResultsError(
+            f"{folder} cannot be written to", found=str(error), fix="name another folder with --out"
+        ) from error
+    if as_json:
+        typer.echo(json.dumps(asdict(comparison), ensure_ascii=False))
+    else:
+        from rich.console import Console
+
+        console = Console()
+        if not console.is_terminal:
+            console.width = WIDE
+        for table in all_tables(comparison):
+            _print(console, table)
+    typer.echo(f"wrote {folder / 'comparison.md'} and {folder / 'comparison.html'}", err=True)
+
+
+def _print(console: Console, table: Table) -> None:
+    """Print a table, in as many parts as the width asks for."""
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    head = table.short_head or table.head
+    texts = [head, *([entry.text for entry in row] for row in table.rows)]
+    if sum(_widths(texts)) >= console.width:
+        # an interval takes less room below its average than beside it
+        texts = [[text.replace(" [", "\n[").replace(" (", "\n(") for text in row] for row in texts]
+    widths = _widths(texts)
+    fixed = len(head) if table.split_from is None else table.split_from
+    parts = [list(range(fixed))]
+    for i in range(fixed, len(head)):
+        if len(parts[-1]) > fixed and sum(widths[j] for j in [*parts[-1], i]) >= console.width:
+            parts.append(list(range(fixed)))
+        parts[-1].append(i)
+    for part in parts:
+        shown = RichTable(title=Text(table.title), title_justify="left")
+        for i in part:
+            shown.add_column(Text(texts[0][i]), justify="right" if table.numeric[i] else "left")
+        for row, line in zip(table.rows, texts[1:], strict=True):
+            shown.add_row(*(Text(line[i], style="bold" if row[i].bold else "") for i in part))
+        console.print(shown)
+    for note in table.notes:
+        console.print(note, style="dim", markup=False, highlight=False)
+    console.print()
+
+
+def _widths(texts: list[list[str]]) -> list[int]:
+    """Width of each column with its frame."""
+    return [3 + max(len(line) for text in column for line in text.split("\n")) for column in zip(*texts, strict=True)]
