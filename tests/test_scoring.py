@@ -13,7 +13,7 @@ from conftest import MODELS, as_text, make_pool, make_tokenizer, token_ids
 from phatgoose.config import TextConfig
 from phatgoose.data import Encoder, Example
 from phatgoose.routed import RoutedModel
-from phatgoose.scoring import score, target_losses
+from phatgoose.scoring import score, target_losses, target_scores
 
 KINDS = ["llama", "t5"]
 
@@ -83,6 +83,43 @@ def test_batches_do_not_matter(kind: str) -> None:
     for batch_tokens in (30, 100, 10_000):
         assert target_losses(model, coder, pairs, batch_tokens=batch_tokens) == pytest.approx(alone, rel=1e-5)
     assert target_losses(model, coder, pairs[::-1]) == pytest.approx(alone[::-1], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_targets_of_one_prompt_share_a_pass(kind: str) -> None:
+    """Many targets of one prompt, none a second one, prompts with other counts: all as if alone."""
+    model = MODELS[kind]()
+    coder = encoder(model)
+    prompts = [coder.prompt(text(1 + 4 * i, i)) for i in range(4)]
+    counts = [1, 5, 5, 2]
+    pairs = [
+        (prompt, coder.target(text(c % 4, 10 * i + c) if c else ""))
+        for i, prompt in enumerate(prompts)
+        for c in range(counts[i])
+    ]
+    alone = [target_scores(model, coder, [pair])[0].loss for pair in pairs]
+    sizes: list[int] = []
+    for batch_tokens in (1, 40, 10_000):
+        sizes.clear()
+        found = target_losses(model, coder, pairs, batch_tokens=batch_tokens, on_batch=sizes.append)
+        assert found == pytest.approx(alone, rel=1e-5)
+        assert sum(sizes) == len(pairs)
+    assert sorted(sizes) == [1, 2, 10]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_greedy_targets(kind: str) -> None:
+    """A target is greedy if the model would write it, and no other of its length is."""
+    model = MODELS[kind]()
+    coder = encoder(model)
+    prompt = coder.prompt(text(5, 1))
+    first = {"input_ids": torch.tensor([prompt])}
+    if model.config.is_encoder_decoder:
+        first["decoder_input_ids"] = torch.tensor([[0]])
+    best = int(model(**first).logits[0, -1].argmax())
+    others = [token for token in range(3, 9) if token != best]
+    pairs = [(prompt, [token]) for token in (best, *others)] + [(prompt, [best, others[0], others[0]])]
+    assert [found.greedy for found in target_scores(model, coder, pairs)] == [True] + [False] * (len(others) + 1)
 
 
 def test_loss_of_long_targets_counts_per_token() -> None:

@@ -144,14 +144,16 @@ class Encoder:
             encoder-decoder model; int64, shape (B, S).
         """
         fill = {"input_ids": self.pad_id, "decoder_input_ids": self.pad_id, "labels": IGNORED}
-        batch = {name: _pad([row[name] for row in rows], fill[name]) for name in rows[0]}
-        batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], 0)
+        batch = {name: pad([row[name] for row in rows], fill[name]) for name in rows[0]}
+        batch["attention_mask"] = pad([[1] * len(row["input_ids"]) for row in rows], 0)
         return batch
 
 
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> torch.Tensor:
+def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> torch.Tensor:
+    """Rows of unlike length as one int64 tensor of shape (B, S); `fill` goes to the right, or to the left."""
     longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows])
+    fills = [[fill] * (longest - len(row)) for row in rows]
+    return torch.tensor([[*some, *row] if left else [*row, *some] for some, row in zip(fills, rows, strict=True)])
 
 
 def _read_jsonl(path: Path, split: str | None) -> Iterator[Example]:

@@ -1,19 +1,20 @@
-"""One text through a model: its answer, token by token, and the routing.
+"""Texts through a model: its answers, token by token, and the routing.
 
-Axes: S positions.
+Axes: B sequences, S positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import set_seed
 
 from phatgoose.config import GenerationConfig
-from phatgoose.data import Encoder
+from phatgoose.data import Encoder, pad
 from phatgoose.routed import RoutedModel
+from phatgoose.scoring import routed_prompts
 from phatgoose.trace import Trace
 
 
@@ -35,26 +36,74 @@ class Answer:
 def answer(model: Any, encoder: Encoder, text: str, config: GenerationConfig) -> Answer:
     """Generate an answer to one prompt with a model of transformers or a RoutedModel."""
     set_seed(config.seed)
-    prompt_ids = encoder.prompt(text)
-    input_ids_1S = torch.tensor([prompt_ids], device=model.device)
-    output_ids = model.generate(
-        input_ids=input_ids_1S,
-        attention_mask=torch.ones_like(input_ids_1S),
-        max_new_tokens=config.max_new_tokens,
-        num_beams=config.num_beams,
-        do_sample=config.sample,
-        eos_token_id=encoder.eos_id,
-        pad_token_id=encoder.pad_id,
-    )[0].tolist()
+    return _generate(model, encoder, [encoder.prompt(text)], config)[0]
+
+
+def answers(
+    model: Any,
+    encoder: Encoder,
+    texts: Sequence[str],
+    config: GenerationConfig,
+    *,
+    batch_tokens: int = 4096,
+    on_batch: Callable[[int], object] | None = None,
+) -> list[Answer]:
+    """Generate answers to many prompts, in batches of prompts of like length.
+
+    Which prompts share a batch changes nothing but rounding. Drawn answers
+    (`config.sample`) would depend on it, so they are made one by one, each with
+    the same seed.
+
+    Args:
+        model: a model of transformers, or a RoutedModel.
+        encoder: of the base model.
+        texts: the prompts.
+        config: of every answer.
+        batch_tokens: positions of a batch when its answers are complete,
+            padding and beams included; one prompt at least.
+        on_batch: called with the number of prompts of each finished batch.
+
+    Returns:
+        One answer a text, in the order of `texts`.
+    """
+    prompts = [encoder.prompt(text) for text in texts]
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    found: dict[int, Answer] = {}
+    start = 0
+    while start < len(order):
+        positions = config.num_beams * (len(prompts[order[start]]) + config.max_new_tokens)
+        batch = order[start : start + (1 if config.sample else max(1, batch_tokens // positions))]
+        set_seed(config.seed)
+        found.update(zip(batch, _generate(model, encoder, [prompts[i] for i in batch], config), strict=True))
+        start += len(batch)
+        if on_batch is not None:
+            on_batch(len(batch))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _generate(model: Any, encoder: Encoder, prompts: list[list[int]], config: GenerationConfig) -> list[Answer]:
+    # a decoder-only model goes on from the last position, which must be the prompt's own
+    left = not encoder.encoder_decoder
+    input_ids_BS = pad(prompts, encoder.pad_id, left=left).to(model.device)
+    with routed_prompts(model, prompts):
+        output_ids_BS = model.generate(
+            input_ids=input_ids_BS,
+            attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=left).to(model.device),
+            max_new_tokens=config.max_new_tokens,
+            num_beams=config.num_beams,
+            do_sample=config.sample,
+            eos_token_id=encoder.eos_id,
+            pad_token_id=encoder.pad_id,
+        )
     # an encoder-decoder model's output begins with its start token, a decoder-only model's with the prompt
-    answer_ids = output_ids[1:] if encoder.encoder_decoder else output_ids[len(prompt_ids) :]
-    if encoder.eos_id in answer_ids:  # what follows is padding
-        answer_ids = answer_ids[: answer_ids.index(encoder.eos_id) + 1]
-    return Answer(
-        prompt_ids=prompt_ids,
-        answer_ids=answer_ids,
-        text=encoder.decode(answer_ids).strip(),
-    )
+    begin = 1 if encoder.encoder_decoder else input_ids_BS.shape[1]
+    found = []
+    for prompt_ids, output_ids in zip(prompts, output_ids_BS.tolist(), strict=True):
+        answer_ids = output_ids[begin:]
+        if encoder.eos_id in answer_ids:  # what follows is padding
+            answer_ids = answer_ids[: answer_ids.index(encoder.eos_id) + 1]
+        found.append(Answer(prompt_ids=prompt_ids, answer_ids=answer_ids, text=encoder.decode(answer_ids).strip()))
+    return found
 
 
 def traced_answer(model: RoutedModel, encoder: Encoder, text: str, config: GenerationConfig) -> tuple[Answer, Trace]:
