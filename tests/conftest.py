@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -186,6 +188,25 @@ def make_tokenizer(vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = WhitespaceSplit()
     special = {"pad_token": f"<{PAD}>", "eos_token": f"<{EOS}>", "unk_token": "<2>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+
+def make_base(factory: ModelFactory, folder: Path) -> Path:
+    """The model and a tokenizer, saved so that commands find them."""
+    factory().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_data(file: Path, rows: int = 24, validation: int = 4, seed: int = 0) -> Path:
+    """A data file of words that `make_tokenizer` knows; its last rows are of split "validation"."""
+    lines = []
+    for i in range(rows):
+        ids = token_ids(7, seed=100 * seed + i).tolist()
+        split = "validation" if i >= rows - validation else "train"
+        lines.append(json.dumps({"input": as_text(ids[:5]), "target": as_text(ids[5:]), "split": split}) + "\n")
+    data = "".join(lines).encode()
+    file.write_bytes(gzip.compress(data) if file.suffix == ".gz" else data)
+    return file
 
 
 def as_text(ids: Iterable[int]) -> str:

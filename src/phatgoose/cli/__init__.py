@@ -63,7 +63,7 @@ def _options(
 def main() -> None:
     """Run a command; user errors, and a disk that refuses, end with one message and exit code 2."""
     try:
-        app()
+        app(prog_name="phatgoose")  # however it was started
     except PhatgooseError as error:
         _fail(error)
     except OSError as error:
