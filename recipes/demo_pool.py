@@ -69,17 +69,24 @@ def main() -> None:
 
 def make_pool(args: argparse.Namespace) -> Pool:
     """Stage 1: an adapter and a gate for each dataset, then the pool."""
-    load_base(args.base)  # dequantise once, not in every process
-    # Processes, not threads: each has its own Trainer. "spawn", because CUDA does not survive a fork.
-    with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
-        for name in processes.map(partial(train_expert, args), args.datasets):
-            print(f"{name}: adapter and gate are done", flush=True)
+    unfinished = [name for name in args.datasets if not is_finished(args.out / "experts" / name)]
+    if unfinished:
+        load_base(args.base)  # dequantise once, not in every process
+        # Processes, not threads: each has its own Trainer. "spawn", because CUDA does not survive a fork.
+        with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
+            for name in processes.map(partial(train_expert, args), unfinished):
+                print(f"{name}: adapter and gate are done", flush=True)
     folder = args.out / "pool"
     pool = Pool.open(folder) if (folder / "pool.json").is_file() else Pool.create(folder, args.base)
     for name in args.datasets:
         if name not in pool.names:
             pool.add(args.out / "experts" / name)
     return pool
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether an expert has all that it needs."""
+    return folder.exists() and Expert(folder).has_gate
 
 
 def train_expert(args: argparse.Namespace, name: str) -> str:
@@ -157,6 +164,8 @@ def print_table(scores: dict[str, dict[str, dict[str, float]]]) -> None:
         if means:
             print(f"{'mean':16}" + "".join(f"{means[method]:12.3f}" for method in methods))
             gain = means["own expert"] - means["base"]
+            if gain == 0:
+                continue
             kept = {method: (means[method] - means["base"]) / gain for method in ("top-1", "top-2")}
             print("kept of the own expert's gain: " + ", ".join(f"{m} {100 * k:.1f} %" for m, k in kept.items()))
 
