@@ -216,8 +216,7 @@ class BootstrapConfig:
             )
         if not 0 < self.confidence < 1:
             raise ConfigError("confidence must lie between 0 and 1", found=str(self.confidence))
-        if self.seed < 0:
-            raise ConfigError("seed must not be negative", found=str(self.seed), expected="0 or more")
+        _check_seed(self.seed)
 
 
 def _check_seed(seed: int) -> None:

@@ -35,10 +35,14 @@ def compare(
     import json
     from dataclasses import asdict
 
-    from phatgoose.comparison import compare as compare_results
+    from phatgoose.errors import ResultsError
+
+    try:
+        from phatgoose.comparison import compare as compare_results
+    except ImportError as error:
+        raise ResultsError("compare needs scipy", found=str(error), fix="pip install 'phatgoose[eval]'") from error
     from phatgoose.comparison_page import write_comparison_page
     from phatgoose.comparison_tables import all_tables, markdown
-    from phatgoose.errors import ResultsError
     from phatgoose.files import replacing
     from phatgoose.results import read_results
 
