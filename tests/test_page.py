@@ -5,13 +5,11 @@ Axes: S positions, E experts.
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 
 import pytest
 import torch
-from playwright.sync_api import sync_playwright
+from conftest import contrast
 
 from phatgoose.page import Sample, write_page
 from phatgoose.routers import Routing
@@ -39,22 +37,6 @@ def make_routing(tokens, num_prompt, experts=EXPERTS, layers=4, kinds=KINDS, see
 
 def write(path, samples):
     write_page(path, samples, pool_name="<u>Pool</u>", base="tiny & base", router="phatgoose", top_k=2)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    executable = shutil.which("chromium")
-    if executable is None:
-        reason = "there is no chromium: apt-get install chromium"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-background-networking"]
-        )
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
@@ -206,17 +188,6 @@ tokens => {
   });
 }
 """
-
-
-def contrast(first, second):
-    """Contrast ratio of WCAG 2."""
-
-    def luminance(rgb):
-        linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in rgb)]
-        return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-
-    high, low = sorted((luminance(first), luminance(second)), reverse=True)
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
