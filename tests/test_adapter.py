@@ -30,7 +30,9 @@ from transformers import PreTrainedModel
 
 from phatgoose.adapter import Adapter
 from phatgoose.errors import AdapterError, GateError
+from phatgoose.expert import Expert
 from phatgoose.gate import load_gate, save_gate
+from phatgoose.gated import GatedModel
 from phatgoose.pool import Pool
 from phatgoose.routed import RoutedModel
 
@@ -84,6 +86,18 @@ def test_one_expert_is_peft(kind: str, variant: str, tmp_path: Path) -> None:
     assert_close(logits(model), logits(expected))
     if variant != "gaussian":  # whose B is zero
         assert (logits(expected) - logits(factory())).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("kind", "variant"), CASES)
+def test_gates_are_trained_behind_the_same_scale(kind: str, variant: str, tmp_path: Path) -> None:
+    """A gate of zeros is half open: half of PEFT's update."""
+    folder = make_adapter(MODELS[kind], tmp_path / "only", **(VARIANTS | PATTERNS)[variant])
+    expected = PeftModel.from_pretrained(MODELS[kind](), folder)
+    for module in expected.modules():
+        if isinstance(module, LoraLayer):
+            module.scaling["default"] /= 2
+    gated = GatedModel(MODELS[kind](), Expert(folder))
+    assert_close(gated(**model_inputs(gated.model)).logits.detach(), logits(expected))
 
 
 def test_weights_of_trained_experts_survive_bf16_on_disk(tmp_path: Path) -> None:

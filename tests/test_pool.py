@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import fails, files_of, llama, make_expert, make_gate, make_pool
+from conftest import assert_close, fails, files_of, llama, make_expert, make_gate, make_pool, token_ids
 from safetensors.torch import load_file
 
 from phatgoose.errors import PoolError
@@ -75,6 +75,22 @@ def test_remove_then_add_is_the_same_pool(pool: Pool, template: Path) -> None:
     pool.remove("new")
     assert files_of(pool.folder) == before
     assert pool.fingerprint == Pool.open(pool.folder).fingerprint == fingerprint
+
+
+def test_models_and_changes_of_their_pool(pool: Pool, template: Path) -> None:
+    """A model that is loaded stays as it is; the next one has the experts that are left."""
+    inputs = {"input_ids": token_ids(2, 6)}
+    with torch.no_grad():
+        model = RoutedModel.from_pool(llama(), pool)
+        expected = model(**inputs).logits
+        pool.remove("e1")
+        assert torch.equal(model(**inputs).logits, expected)
+        changed = route(pool)(**inputs).logits
+        assert not torch.equal(changed, expected)
+        never_there = Pool.open(template / "pool").subset(["e0", "e2"])
+        assert torch.equal(changed, route(never_there)(**inputs).logits)
+        pool.add(template / "e1")  # at the end: the order is another, the mixture the same
+        assert_close(route(pool)(**inputs).logits, expected)
 
 
 def test_replace_keeps_the_expert_id(pool: Pool, template: Path) -> None:

@@ -11,6 +11,7 @@ from conftest import (
     MODELS,
     PAD,
     assert_close,
+    files_of,
     fill_pool,
     gpt2,
     llama,
@@ -56,6 +57,20 @@ def test_the_order_of_experts_does_not_matter(kind: str, tmp_path: Path) -> None
     expected = logits(model)
     turned = model.pool.subset(model.pool.names[::-1])
     assert_close(logits(RoutedModel.from_pool(model.unwrap(), turned)), expected)
+
+
+def test_names_of_experts_do_not_matter(tmp_path: Path) -> None:
+    """Not even names that look like numbers, modules, tensors or PEFT's own."""
+    model = routed("llama", tmp_path)
+    expected = logits(model)
+    pool = Pool.create(tmp_path / "renamed", "tiny-llama")
+    names = ("adapter_1", "0", "model.layers.0", "default")
+    for i, name in enumerate(names):
+        pool.add(tmp_path / f"e{i}", name)
+    again = RoutedModel.from_pool(model.unwrap(), Pool.open(pool.folder))
+    with again.trace() as trace:
+        assert torch.equal(logits(again), expected)
+    assert trace.expert_names == names
 
 
 def test_padded_ranks_do_not_matter(tmp_path: Path) -> None:
@@ -171,13 +186,16 @@ def test_generate_with_a_pool(kind: str, tmp_path: Path) -> None:
     assert trace.routing(last).weights_BSK.shape == (2, cached.shape[1] - 1, 2)
 
 
-def test_generate_batch_is_generate(tmp_path: Path) -> None:
-    from transformers import GenerationConfig
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_generate_batch_is_generate(kind: str, tmp_path: Path) -> None:
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
-    model = routed("llama", tmp_path)
+    model = routed(kind, tmp_path)
     prompts = [token_ids(1, n, seed=n)[0].tolist() for n in (5, 8, 3)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
-    outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+    # or it makes a cache as large as the memory
+    cache = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=64)
+    outputs = model.generate_batch(prompts, config, cache)
     found = sorted((list(out.prompt_ids), list(out.generated_tokens)) for out in outputs.values())
     expected = []
     for prompt in prompts:
@@ -211,6 +229,23 @@ def test_unwrap_gives_the_very_same_model_back(kind: str, tmp_path: Path) -> Non
     model = RoutedModel.from_pool(base, Pool.open(tmp_path / "pool"))
     with pytest.raises(Exception, match="routed already"):
         RoutedModel.from_pool(base, Pool.open(tmp_path / "pool"))
+
+
+def test_nothing_that_is_loaded_is_changed(tmp_path: Path) -> None:
+    model = routed("llama", tmp_path)
+    files = files_of(tmp_path)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return dict([*model.named_parameters(), *model.named_buffers()])
+
+    before = {name: tensor.clone() for name, tensor in tensors().items()}
+    assert any("a_ERI" in name for name in before)
+    with model.trace():
+        logits(model)
+    model.generate(input_ids=token_ids(2, 6), max_new_tokens=4, do_sample=True)
+    assert list(tensors()) == list(before)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tensors().items())
+    assert files_of(tmp_path) == files
 
 
 def test_traces_do_not_nest_and_leave_nothing(tmp_path: Path) -> None:

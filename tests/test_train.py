@@ -14,18 +14,31 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODELS, as_text, files_of, llama, make_adapter, make_tokenizer, t5, token_ids
+from conftest import (
+    MODELS,
+    ModelFactory,
+    as_text,
+    assert_close,
+    files_of,
+    llama,
+    make_adapter,
+    make_tokenizer,
+    t5,
+    token_ids,
+)
 from peft import PeftModel
 from safetensors.torch import load_file
 
 import phatgoose
-from phatgoose.config import AdapterTrainingConfig, GateConfig
-from phatgoose.data import Example, fingerprint
+from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
+from phatgoose.data import IGNORED, Encoder, Example, fingerprint
 from phatgoose.errors import AdapterError, ConfigError
 from phatgoose.expert import Expert
 from phatgoose.files import sha256
+from phatgoose.gated import GatedModel
 from phatgoose.routed import RoutedModel
 from phatgoose.train import train_adapter, train_gate
+from phatgoose.trainer import target_loss
 
 EXAMPLES = [
     Example(input=as_text(token_ids(5, seed=i).tolist()), target=as_text(token_ids(1 + i % 3, seed=100 + i).tolist()))
@@ -104,6 +117,24 @@ def test_accumulation_is_a_larger_batch(tmp_path: Path) -> None:
         found.append(train_gate(t5(), make_tokenizer(), Expert(tmp_path / name), rows, config=config))
     for site, v in found[0].items():
         torch.testing.assert_close(v, found[1][site], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("factory", [llama, t5])
+def test_padding_trains_nothing(factory: ModelFactory, tmp_path: Path) -> None:
+    """Rows of unlike lengths in one batch give the gates the gradients that they give one by one."""
+    model = factory()
+    encoder = Encoder(make_tokenizer(), model.config, TextConfig())
+    gated = GatedModel(model, Expert(make_adapter(factory, tmp_path / "e")))
+    rows = [encoder.encode(Example(input=as_text([3] * n), target=as_text([7] * m))) for n, m in ((9, 1), (2, 4))]
+    found = []
+    for batches in ([rows], [rows[:1], rows[1:]]):
+        gated.zero_grad()
+        for batch in map(encoder.collate, batches):
+            labels = batch.pop("labels")
+            share = (labels != IGNORED).sum() / sum(label != IGNORED for row in rows for label in row["labels"])
+            (share * target_loss(gated(**batch).logits, labels)).backward()
+        found.append(torch.cat([v.grad for v in gated.gates().values()]))
+    assert_close(*found)
 
 
 CHILD = """
