@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import files_of, llama, make_expert, make_pool
+from conftest import files_of, llama, make_adapter, make_expert, make_pool
 from hub_server import HubServer, Repo
 
 from phatgoose import hub
-from phatgoose.errors import AdapterError, HubError, PhatgooseError, PoolError
+from phatgoose.config import RouterConfig
+from phatgoose.errors import AdapterError, HubError, PhatgooseError, PoolError, RouterError
 from phatgoose.manifest import Entry
 from phatgoose.pool import Pool
+from phatgoose.routers import check_pool
 
 TOKEN = "hf_test"
 WEIGHTS = "adapter_model.safetensors"
@@ -297,6 +299,17 @@ def test_linked_expert_stays_on_the_hub(
     assert not [path for path in server.paths(repo + "-pool") if "linked" in path]
     pulled = run(hub.pull_pool, repo + "-pool", tmp_path / "pulled")
     assert pulled.fingerprint == pool.fingerprint
+
+
+def test_a_linked_expert_gets_no_gate_in_the_cache(
+    server: HubServer, run: Run, pool: Pool, repo: str, tmp_path: Path
+) -> None:
+    put_expert(server, repo, make_adapter(llama, tmp_path / "bare"))
+    run(pool.link, repo, "bare")
+    with pytest.raises(RouterError, match="needs a gate") as error:
+        run(check_pool, Pool.open(pool.folder), RouterConfig())
+    again = f"phatgoose gate {pool.folder / 'experts' / 'bare'} --data DATA"
+    assert error.value.fix == f"phatgoose pool remove {pool.folder} bare, add it again without --link, then {again}"
 
 
 def test_link_has_the_checks_of_add(

@@ -15,7 +15,7 @@
 
 Each says what it is about, what was found, what was expected and the command
 that mends it. The command line prints them and leaves with exit code 2; any
-other exception is a bug of ours.
+other exception, but for a disk that refuses, is a bug of ours.
 """
 
 from __future__ import annotations

@@ -193,11 +193,15 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
         lacking = [expert for expert in experts if not expert.brings(need)]
         if lacking:
             noun, command = NEEDS[need]
+            entry = pool.entry(lacking[0].name)
+            fix = command.format(folder=pool.folder / (entry.path or f"experts/{entry.name}"))
+            if entry.path is None:  # its folder is the hub's cache, where nothing of ours should lie
+                fix = f"phatgoose pool remove {pool.folder} {entry.name}, add it again without --link, then {fix}"
             raise RouterError(
                 f"router {config.router!r} needs {noun}, which these experts lack: "
                 + ", ".join(expert.name for expert in lacking),
                 found=f"{len(lacking)} of {len(experts)} experts without",
                 expected=f"{noun} beside every adapter",
-                fix=command.format(folder=lacking[0].folder),
+                fix=fix,
             )
     return found
