@@ -23,8 +23,8 @@ from phatgoose.oracle import is_expert
 
 TEMPLATE = "comparison.html.jinja"
 HELD_IN = "held-in"
-# Between two numbered points of the scatter plot, in per cent of its side: a number is 21 of 280 pixels wide.
-APART = 8.0
+# Between two numbers in the scatter plot, in per cent of its side: on a phone, a number is 21 of 250 pixels wide.
+APART = 8.5
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from phatgoose.bootstrap import Interval
 from phatgoose.comparison import Average, Comparison, Difference, SuiteComparison
@@ -43,8 +43,8 @@ class Table:
     head: list[str]
     numeric: list[bool]
     rows: list[list[Entry]]
-    notes: list[str] = field(default_factory=list)
-    split_from: int | None = None
+    notes: list[str]
+    split_from: int
     short_head: list[str] | None = None
 
 
@@ -125,6 +125,7 @@ def _averages(suite: SuiteComparison) -> Table:
         numeric=[False, *[True] * (len(head) - 1)],
         rows=rows,
         notes=[*_marks([suite]), *([_SD] if several else [])],
+        split_from=1,
     )
 
 
@@ -150,7 +151,8 @@ def _differences(comparison: Comparison, suite: SuiteComparison) -> Table:
         *([_SD] if several else []),
     ]
     title = f"{suite.suite}: difference from {comparison.against}"
-    return Table(title=title, head=head, numeric=[False, *[True] * (len(head) - 1)], rows=rows, notes=notes)
+    numeric = [False, *[True] * (len(head) - 1)]
+    return Table(title=title, head=head, numeric=numeric, rows=rows, notes=notes, split_from=1)
 
 
 def _difference(suite: SuiteComparison, method: str, difference: Difference, several: bool) -> list[Entry]:

@@ -87,7 +87,7 @@ def _print(console: Console, table: Table) -> None:
         # an interval takes less room below its average than beside it
         texts = [[text.replace(" [", "\n[").replace(" (", "\n(") for text in row] for row in texts]
     widths = _widths(texts)
-    fixed = len(head) if table.split_from is None else table.split_from
+    fixed = table.split_from
     parts = [list(range(fixed))]
     for i in range(fixed, len(head)):
         if len(parts[-1]) > fixed and sum(widths[j] for j in [*parts[-1], i]) >= console.width:
@@ -96,7 +96,7 @@ def _print(console: Console, table: Table) -> None:
     for part in parts:
         shown = RichTable(title=Text(table.title), title_justify="left")
         for i in part:
-            shown.add_column(Text(texts[0][i]), justify="right" if table.numeric[i] else "left")
+            shown.add_column(Text(texts[0][i]), justify="right" if table.numeric[i] else "left", overflow="fold")
         for row, line in zip(table.rows, texts[1:], strict=True):
             shown.add_row(*(Text(line[i], style="bold" if row[i].bold else "") for i in part))
         console.print(shown)
