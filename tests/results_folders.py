@@ -33,6 +33,7 @@ def add_row(folder, suite, task, method, scores, *, ids=None, seed=0, **changes)
         "base": "tiny",
         "data": hashlib.sha256(json.dumps(list(ids)).encode()).hexdigest(),
         "text": {"separator": "\n"},
+        "dtype": "fp32",
         "versions": {},
         "seconds": 1.0,
         "examples": examples,

@@ -129,10 +129,11 @@ BROKEN = {
     "score above 1": (lambda f: edit_examples(f, scores=[1, 0, 0, 1.5]), ("numbers from 0 to 1",)),
     "score that is not the mean": (lambda f: edit(f, score=0.51), ("0.500000", "0.510000")),
     "two pools": (lambda f: edit(f, 3, pool="b" * 64), ("mixes two pools", "a" * 12, "b" * 12, "line 4")),
-    "other data": (lambda f: edit(f, 1, data="other"), ("t0ho/rte", "data differs", "phatgoose", "arrow")),
-    "other metric": (lambda f: edit(f, 1, metric="rouge"), ("metric differs",)),
-    "other prompts": (lambda f: edit(f, 1, text={"separator": " "}), ("prompt settings differs",)),
-    "other base": (lambda f: edit(f, 1, base="other"), ("base model differs",)),
+    "other data": (lambda f: edit(f, 1, data="other"), ("t0ho/rte", "another data", "phatgoose", "arrow")),
+    "other metric": (lambda f: edit(f, 1, metric="rouge"), ("another metric",)),
+    "other prompts": (lambda f: edit(f, 1, text={"separator": " "}), ("another text",)),
+    "other dtype": (lambda f: edit(f, 1, dtype="bf16"), ("another dtype",)),
+    "other base": (lambda f: edit(f, 1, base="other"), ("another base",)),
     "other settings of one method": (lambda f: edit(f, 2, config={"top_k": 1}), ("phatgoose has different settings",)),
     "a cell twice": (twice, ("evaluated twice", "0.5000", "1.0000", "line 5")),
     "no rows": (lambda f: (f / "rows.jsonl").write_text("\n"), ("no result yet",)),
@@ -150,10 +151,11 @@ def test_broken_folders(tmp_path, name):
     assert files_of(tmp_path) == before
 
 
-def test_same_data_but_other_examples(tmp_path):
-    add_row(tmp_path, "t0ho", "rte", "phatgoose", [1, 0], ids=["a", "b"], data="same")
-    add_row(tmp_path, "t0ho", "rte", "arrow", [1, 0], ids=["a", "c"], data="same")
-    fails(ResultsError, "data differs", action=lambda: read_results([tmp_path]))
+@pytest.mark.parametrize("ids", [["a", "c", "c"], ["a", "a", "b"]])
+def test_same_data_but_other_examples(tmp_path, ids):
+    add_row(tmp_path, "t0ho", "rte", "phatgoose", [1, 0, 0], ids=["a", "b", "b"], data="same")
+    add_row(tmp_path, "t0ho", "rte", "arrow", [1, 0, 0], ids=ids, data="same")
+    fails(ResultsError, "another example_ids", action=lambda: read_results([tmp_path]))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")

@@ -25,6 +25,8 @@ ROWS_FILE = "rows.jsonl"
 FORMAT = 1
 # What a score may lose between the mean of the examples and the row.
 ROUNDING = 1e-6
+# In which all rows of a task agree, so that its methods can be compared.
+SHARED = ("data", "metric", "text", "dtype", "base")
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "suite": str,
     "task": str,
@@ -51,7 +53,8 @@ class Result:
         pool: fingerprint of the pool; `pool_name` is for people.
         base: the base model.
         data: checksum of the evaluated rows.
-        text: settings by which examples became prompts.
+        text: settings by which examples became tokens.
+        dtype: of the base model's weights.
         config: the router's settings.
         example_ids: of the C examples, sorted. A row is one rendering of an
             example; an example may have several.
@@ -71,6 +74,7 @@ class Result:
     base: str
     data: str
     text: Any
+    dtype: Any
     config: Any
     example_ids: NDArray[np.str_]
     sums_C: NDArray[np.float64]
@@ -167,8 +171,7 @@ def _result(folder: Path, row: Any, source: str) -> Result:
         **{name: row[name] for name in ("suite", "task", "method", "seed", "metric", "pool", "base", "data")},
         score=float(row["score"]),
         pool_name=str(row.get("pool_name") or row["pool"][:12]),
-        text=row.get("text"),
-        config=row.get("config"),
+        **{name: row.get(name) for name in ("text", "dtype", "config")},
         example_ids=example_ids,
         sums_C=sums,
         counts_C=counts,
@@ -272,23 +275,19 @@ def _check_alike(results: Sequence[Result]) -> None:
     tasks: dict[tuple[str, str], Result] = {}
     methods: dict[tuple[str, str], Result] = {}
     for result in results:
-        name = f"{result.suite}/{result.task}"
         first = tasks.setdefault((result.suite, result.task), result)
-        same_examples = np.array_equal(first.example_ids, result.example_ids)
-        same_examples = same_examples and np.array_equal(first.counts_C, result.counts_C)
-        for what, alike in (
-            ("data", first.data == result.data and same_examples),
-            ("metric", first.metric == result.metric),
-            ("prompt settings", first.text == result.text),
-            ("base model", first.base == result.base),
-        ):
-            if not alike:
-                raise ResultsError(
-                    f"{name} was not evaluated alike for all methods: the {what} differs",
-                    found=f"{first.method} ({first.source}) and {result.method} ({result.source})",
-                    expected="the same examples, metric, prompt settings and base model for every method",
-                    fix="evaluate one of them again, as the other was",
-                )
+        odd = [name for name in SHARED if getattr(first, name) != getattr(result, name)]
+        same = all(np.array_equal(getattr(first, name), getattr(result, name)) for name in ("example_ids", "counts_C"))
+        if not odd and not same:
+            odd = ["example_ids"]
+        if odd:
+            raise ResultsError(
+                f"{result.suite}/{result.task} was not evaluated alike for all methods",
+                found=f"another {', '.join(odd)} of {first.method} ({first.source}) than of {result.method}"
+                f" ({result.source})",
+                expected="the same examples, metric, settings and base model for every method",
+                fix="evaluate one of them again, as the other was",
+            )
         first = methods.setdefault((result.suite, result.method), result)
         if first.config != result.config:
             raise ResultsError(
