@@ -11,8 +11,9 @@ import pytest
 from conftest import fails
 from results_folders import add_row
 
+from phatgoose.bootstrap import Interval
 from phatgoose.comparison import compare
-from phatgoose.comparison_tables import all_tables, markdown
+from phatgoose.comparison_tables import all_tables, limits, markdown, percent
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ResultsError
 from phatgoose.results import read_results
@@ -311,3 +312,18 @@ def test_suites(tmp_path):
     assert [part.suite for part in compare(results, bootstrap=CONFIG).suites] == ["bbh", "t0ho"]
     fails(ResultsError, "'bbl'", "bbh, t0ho", action=lambda: compare(results, suites=["bbl"], bootstrap=CONFIG))
     fails(ResultsError, "'lag'", "arrow", "--against", action=lambda: compare(results, against="lag"))
+
+
+def test_numbers_as_people_read_them():
+    assert [percent(share) for share in (0, 0.5, 1, 0.12345, -0.2)] == ["0.0", "50.0", "100.0", "12.3", "−20.0"]
+    assert [percent(share, sign=True) for share in (0.0, 0.0004, -0.0004, 0.1, -0.1)] == [
+        "0.0",
+        "0.0",
+        "0.0",
+        "+10.0",
+        "−10.0",
+    ]
+    assert limits(None) == "–"
+    # an interval that leaves out zero does not look as if it ended there
+    assert limits(Interval(-0.036, -0.0004)) == "[−3.6, −0.0]"
+    assert limits(Interval(-0.036, 0.0004)) == "[−3.6, 0.0]"

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from phatgoose.bootstrap import Interval
-from phatgoose.comparison import Average, Comparison, Difference, SuiteComparison
+from phatgoose.comparison import TIE, Average, Comparison, Difference, SuiteComparison
 
 TOLD, LACKS = "‡", "†"
 MINUS = "\N{MINUS SIGN}"
@@ -56,8 +56,10 @@ def percent(share: float, sign: bool = False, digits: int = 1) -> str:
 
 
 def limits(interval: Interval | None) -> str:
-    """Both limits in per cent."""
-    return NOTHING if interval is None else f"[{percent(interval.low)}, {percent(interval.high)}]"
+    """Both limits in per cent; one that rounds to zero keeps its sign, which says on which side of zero it lies."""
+    if interval is None:
+        return NOTHING
+    return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]".replace("-", MINUS)
 
 
 def marked(method: str, average: Average | None) -> str:
@@ -181,7 +183,7 @@ def _scores(comparison: Comparison, suite: SuiteComparison) -> Table:
         row = [Entry(task), Entry(metric)]
         for method in methods:
             score = suite.scores[method].get(task)
-            best = score is not None and not suite.averages[method].told and score == max(usable)
+            best = score is not None and not suite.averages[method].told and score > max(usable) - TIE
             row.append(Entry(NOTHING if score is None else percent(score), bold=best))
         rows.append(row)
     head = ["task", "metric", *(marked(method, suite.averages[method]) for method in methods)]
