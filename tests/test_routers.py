@@ -379,7 +379,7 @@ def test_retrieval_gives_each_prompt_to_the_nearest_examples_owner(tmp_path: Pat
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("router", ["retrieval", "glider"])
+@pytest.mark.parametrize("router", ["retrieval", "glider", "phatgoose-prior"])
 def test_generation_keeps_the_prompts_bias(router: str, beams: int, tmp_path: Path) -> None:
     """Each prompt alone, and all of them in a left-padded batch, with beams too."""
     model = routed(llama(), prompt_pool(tmp_path), router=router)
@@ -412,6 +412,57 @@ def test_glider_adds_scaled_similarity(tmp_path: Path) -> None:
     expected = scores_BSE.softmax(-1).flatten(0, 1)
     found = torch.zeros(10, 2).scatter(1, routing.expert_ids_NK, routing.weights_NK)
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_prior_is_the_log_share_of_a_first_pass(kind: str, tmp_path: Path) -> None:
+    """Shares from the trace of each prompt alone, routed by plain phatgoose (T5: of its encoder alone)."""
+    pool = make_pool(kind, tmp_path)
+    model = routed(MODELS[kind](), pool, router="phatgoose-prior", prior_strength=1.5)
+    prompts = [token_ids(4, seed=1).tolist(), token_ids(7, seed=2).tolist()]
+    expected = []
+    for ids in prompts:
+        plain = routed(MODELS[kind](), pool, router="phatgoose")
+        reader = plain.get_encoder() if kind == "t5" else plain
+        with plain.trace() as trace, torch.no_grad():
+            reader(input_ids=torch.tensor([ids]))
+        share_E = torch.stack([trace.weights(site)[0] for site in trace.sites]).mean(dim=(0, 1))
+        expected.append(1.5 * torch.log(share_E + 1e-3))
+    with model.prompts(prompts):
+        for linear in model.routed_linears().values():
+            assert_close(linear.prompt_bias_BE, torch.stack(expected))
+
+
+def test_prior_is_added_to_the_gates_scores(tmp_path: Path) -> None:
+    pool = make_pool("llama", tmp_path)
+    model = routed(llama(), pool, router="phatgoose-prior")
+    plain = routed(llama(), pool, router="phatgoose").routed_linears()[SITE].router
+    x_BSI = torch.randn(2, 5, 44)
+    with model.prompts(IDS[:2].tolist()), model.trace() as trace:
+        linear = model.routed_linears()[SITE]
+        bias_BE = linear.prompt_bias_BE
+        linear(x_BSI)
+    scores_BSE = plain.scores(x_BSI.flatten(0, 1)).view(2, 5, 4) + bias_BE[:, None]
+    top_BSK, ids_BSK = scores_BSE.topk(2)
+    assert torch.equal(trace.routing(SITE).expert_ids_BSK, ids_BSK)
+    assert_close(trace.routing(SITE).weights_BSK, top_BSK.softmax(-1))
+    assert bias_BE.std() > 0.01
+
+
+def test_no_prior_is_phatgoose(tmp_path: Path) -> None:
+    pool = make_pool("llama", tmp_path)
+    expected = logits(routed(llama(), pool, router="phatgoose"))
+    model = routed(llama(), pool, router="phatgoose-prior", prior_strength=0)
+    assert torch.equal(logits(model), expected)
+    assert not torch.equal(logits(routed(llama(), pool, router="phatgoose-prior")), expected)
+
+
+def test_the_first_pass_is_not_traced(tmp_path: Path) -> None:
+    model = routed(llama(), make_pool("llama", tmp_path), router="phatgoose-prior")
+    with model.trace() as trace:
+        logits(model, input_ids=IDS)
+    assert {tuple(trace.routing(site).expert_ids_BSK.shape) for site in trace.sites} == {(3, 4, 2)}
+    assert all(linear.record is None for linear in model.routed_linears().values())
 
 
 def test_prompts_that_were_not_said_are_an_error(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ class RouterConfig:
         expert: name of the expert that router `single` gives every token.
         global_scale: what `glider` multiplies the similarity of prompt and
             expert with; 3 is its authors' value for unseen tasks (held-in: 100).
+        prior_strength: what `phatgoose-prior` multiplies its prior with; 0 is `phatgoose`.
         filter_k: experts that `lag` keeps from Arrow for SpectR; 20 in its paper.
     """
 
@@ -34,6 +35,7 @@ class RouterConfig:
     temperature: float = 1.0
     expert: str | None = None
     global_scale: float = 3.0
+    prior_strength: float = 2.0
     filter_k: int = 20
 
     @classmethod
@@ -50,10 +52,9 @@ class RouterConfig:
             raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
         if self.filter_k < 1:
             raise ConfigError("filter_k must be at least 1", found=str(self.filter_k), expected="1 or more")
-        if not self.global_scale >= 0:
-            raise ConfigError("global_scale must not be negative", found=str(self.global_scale), expected="0 or more")
-        if not self.eps >= 0:  # so written, NaN is refused too
-            raise ConfigError("eps must not be negative", found=str(self.eps), expected="0 or more")
+        for name in ("eps", "global_scale", "prior_strength"):
+            if not getattr(self, name) >= 0:  # so written, NaN is refused too
+                raise ConfigError(f"{name} must not be negative", found=str(getattr(self, name)), expected="0 or more")
         if not self.temperature > 0:
             raise ConfigError("temperature must be positive", found=str(self.temperature), expected="above 0")
 
@@ -104,6 +105,25 @@ class GenerationConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
         _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How a grid is evaluated. None of it changes a score beyond rounding.
+
+    Attributes:
+        batch_tokens: positions of a batch, padding included.
+        chunk_requests: tasks are evaluated together until they have so many
+            requests; then their rows are written. A killed run loses no more.
+    """
+
+    batch_tokens: int = 4096
+    chunk_requests: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "chunk_requests"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from phatgoose.pool import Pool
 from phatgoose.routers import PromptRouter, Router, check_pool
 from phatgoose.sites import check_sites
 from phatgoose.stack import SiteStack, stack_sites
-from phatgoose.trace import SiteRecord, Trace
+from phatgoose.trace import RoutingRecord, Trace
 
 
 class RoutedLinear(nn.Module):
@@ -47,7 +47,7 @@ class RoutedLinear(nn.Module):
         self.base = base
         self.router = router
         self.backend = backend
-        self.record: SiteRecord | None = None
+        self.record: RoutingRecord | None = None
         self.prompt_bias_BE: torch.Tensor | None = None
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
@@ -247,8 +247,7 @@ class RoutedModel(nn.Module):
         if self.prompt_router is None:
             yield
             return
-        usable_E = torch.tensor([name not in self._masked for name in self.pool.names])
-        bias_BE = self.prompt_router.bias([self._text(ids) for ids in prompt_ids], usable_E)
+        bias_BE = self.prompt_router.bias(self, prompt_ids)
         linears = self.routed_linears().values()
         before = [linear.prompt_bias_BE for linear in linears]
         try:
@@ -283,16 +282,21 @@ class RoutedModel(nn.Module):
     def _prompts_are_known(self) -> bool:
         return any(linear.prompt_bias_BE is not None for linear in self.routed_linears().values())
 
-    def _text(self, ids: Sequence[int]) -> str:
+    def texts(self, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of prompts, for routers that read them. Loads the base's tokenizer if none was given."""
         if self._tokenizer is None:
             self._tokenizer = load_tokenizer(self.pool.base.name, self.pool.base.revision)
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip()
+        return [str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in prompt_ids]
+
+    @property
+    def mask_E(self) -> torch.Tensor:
+        """-inf for the experts that `without` masks, 0 for the others; fp32 on the CPU."""
+        return torch.tensor([-torch.inf if name in self._masked else 0.0 for name in self.pool.names])
 
     def _mask(self, names: frozenset[str]) -> None:
         self._masked = names
-        masked_E = torch.tensor([-torch.inf if name in names else 0.0 for name in self.pool.names])
         for linear in self.routed_linears().values():
-            linear.router.masked_E = masked_E.to(linear.a_ERI.device) if names else None
+            linear.router.masked_E = self.mask_E.to(linear.a_ERI.device) if names else None
 
     def __getattr__(self, name: str) -> Any:
         try:

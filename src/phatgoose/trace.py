@@ -6,7 +6,7 @@ Axes: B sequences, S positions, K chosen experts, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -20,6 +20,13 @@ class SiteRouting(NamedTuple):
     expert_ids_BSK: torch.Tensor
 
 
+class RoutingRecord(Protocol):
+    """What a site reports its routing to."""
+
+    def append(self, routing: Routing, leading_shape: torch.Size) -> None:
+        """Take one call's routing; `leading_shape` is the activation's shape without its last axis."""
+
+
 class SiteRecord:
     """Collects one site's routing, call by call."""
 
@@ -27,7 +34,7 @@ class SiteRecord:
         self._calls: list[SiteRouting] = []
 
     def append(self, routing: Routing, leading_shape: torch.Size) -> None:
-        """Keep one call's routing; `leading_shape` is the activation's shape without its last axis."""
+        """See `RoutingRecord.append`."""
         shape = (1, 1) if len(leading_shape) == 0 else leading_shape if len(leading_shape) > 1 else (1, *leading_shape)
         weights, ids = (t.detach().view(*shape, -1).flatten(1, -2) for t in routing)
         self._calls.append(SiteRouting(weights, ids))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from importlib import import_module
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import nn
@@ -20,12 +20,16 @@ from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.stack import SiteStack
 
+if TYPE_CHECKING:
+    from phatgoose.routed import RoutedModel
+
 Need = Literal["adapter", "gate", "activations", "embeddings"]
 Mixing = Literal["outputs", "parameters"]
 
 # name -> "module:class"; imported only when asked for
 ROUTERS = {
     "phatgoose": "phatgoose.routers.phatgoose:Phatgoose",
+    "phatgoose-prior": "phatgoose.routers.phatgoose_prior:PhatgoosePrior",
     "average-activation": "phatgoose.routers.average_activation:AverageActivation",
     "arrow": "phatgoose.routers.arrow:Arrow",
     "arrow-peft": "phatgoose.routers.arrow:ArrowPeft",
@@ -62,12 +66,12 @@ class PromptRouter(ABC):
     """The part of a router that reads whole prompts; see `Router.for_prompts`."""
 
     @abstractmethod
-    def bias(self, prompts: Sequence[str], usable_E: torch.Tensor) -> torch.Tensor:
+    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """What each prompt adds to the scores of all its tokens, at every site.
 
         Args:
-            prompts: B texts.
-            usable_E: bool; experts that are masked out of the pool are False.
+            model: that is about to read the prompts; knows their texts and which experts are masked.
+            prompt_ids: token ids of B prompts, without padding.
 
         Returns:
             bias_BE, fp32; -inf forbids an expert.

@@ -13,6 +13,7 @@ top-k is the same as the softmax over the top-k here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -23,6 +24,9 @@ from phatgoose.expert import Expert
 from phatgoose.routers import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.sentence_encoder import SentenceEncoder
+
+if TYPE_CHECKING:
+    from phatgoose.routed import RoutedModel
 
 
 class Glider(Phatgoose):
@@ -46,6 +50,6 @@ class Similarity(PromptRouter):
         means = [load_embeddings(expert.folder, self.encoder.name).mean(dim=0) for expert in experts]
         self.experts_ED = F.normalize(torch.stack(means), dim=1)
 
-    def bias(self, prompts: Sequence[str], usable_E: torch.Tensor) -> torch.Tensor:
+    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
-        return self.scale * (self.encoder.embed(prompts) @ self.experts_ED.T)
+        return self.scale * (self.encoder.embed(model.texts(prompt_ids)) @ self.experts_ED.T)

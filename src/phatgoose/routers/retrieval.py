@@ -11,6 +11,7 @@ input alone is embedded, on both sides.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,6 +21,9 @@ from phatgoose.expert import Expert
 from phatgoose.routers import PromptRouter, Routing
 from phatgoose.routers.uniform import Uniform
 from phatgoose.sentence_encoder import SentenceEncoder
+
+if TYPE_CHECKING:
+    from phatgoose.routed import RoutedModel
 
 
 class Retrieval(Uniform):
@@ -46,9 +50,9 @@ class NearestExample(PromptRouter):
         self.encoder = SentenceEncoder()
         self.examples = [load_embeddings(expert.folder, self.encoder.name) for expert in experts]
 
-    def bias(self, prompts: Sequence[str], usable_E: torch.Tensor) -> torch.Tensor:
+    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
-        prompts_BD = self.encoder.embed(prompts)
+        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
         nearest_BE = torch.stack([(prompts_BD @ examples_MD.T).amax(dim=1) for examples_MD in self.examples], dim=1)
-        owners_B1 = nearest_BE.masked_fill(~usable_E.cpu(), -torch.inf).argmax(dim=1, keepdim=True)
+        owners_B1 = (nearest_BE + model.mask_E).argmax(dim=1, keepdim=True)
         return torch.full_like(nearest_BE, -torch.inf).scatter(1, owners_B1, 0.0)
