@@ -72,6 +72,7 @@ def run_trainer(
     """
     checkpoint = _last_checkpoint(work, run)
     evaluates = "steps" if validation else "no"
+    on_cpu = next(model.parameters()).device.type == "cpu"
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=config.steps,
@@ -96,9 +97,12 @@ def run_trainer(
         remove_unused_columns=False,
         label_names=["targets"],
         prediction_loss_only=True,
-        use_cpu=not torch.cuda.is_available(),
-        dataloader_pin_memory=torch.cuda.is_available(),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
     )
+    # One process trains on one GPU. With several in sight the Trainer would split each batch by DataParallel,
+    # behind the back of batch_size; torchrun and accelerate start a process for each.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
 
     def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         batch = encoder.collate(rows)
