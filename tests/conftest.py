@@ -251,6 +251,18 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, relative: float = 
     assert difference <= relative * largest, f"off by {difference:.3g}, largest value {largest:.3g}"
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data, which is not in this repository; without it, its tests are skipped, but not in CI."""
+    folder = Path(os.environ.get("PHATGOOSE_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not folder.is_dir():
+        reason = f"there is no {folder}: set PHATGOOSE_DATA to the folder with t0hi, t0ho and bbh"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A real Chromium; without one, its tests are skipped, but not in CI."""

@@ -156,18 +156,30 @@ def pad(rows: Sequence[Sequence[int]], fill: int, *, left: bool = False) -> torc
     return torch.tensor([[*some, *row] if left else [*row, *some] for some, row in zip(fills, rows, strict=True)])
 
 
-def _read_jsonl(path: Path, split: str | None) -> Iterator[Example]:
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Read a .jsonl or .jsonl.gz file.
+
+    Yields:
+        Where a row stands, for messages, and the row. Empty lines do not count.
+
+    Raises:
+        DataError: missing or broken; it names the line.
+    """
     if not path.is_file():
         raise DataError(f"no data file {path}", expected="a .jsonl or .jsonl.gz file", fix="check the path")
     try:
         with _open_text(path) as lines:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
-                    row = _parse_line(path, number, line)
-                    if split is None or row.get("split", split) == split:
-                        yield _example(f"{path}, line {number}", row)
+                    yield f"{path}, line {number}", _parse_line(path, number, line)
     except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
         raise DataError(f"cannot read {path}", found=str(error), expected="UTF-8 text, gzipped if .gz") from error
+
+
+def _read_jsonl(path: Path, split: str | None) -> Iterator[Example]:
+    for where, row in read_rows(path):
+        if split is None or row.get("split", split) == split:
+            yield _example(where, row)
 
 
 def _open_text(path: Path) -> IO[str]:

@@ -9,6 +9,7 @@
     ├── PoolError         a pool folder or its manifest
     ├── RouterError       a router that cannot route among these experts
     ├── DataError         training or evaluation data
+    ├── SuiteError        a suite or task that does not exist or cannot be evaluated
     ├── CheckpointError   an official PHATGOOSE checkpoint that cannot be imported
     ├── ResultsError      a folder of evaluation results
     └── HubError          pushing to or pulling from a hub
@@ -75,6 +76,10 @@ class RouterError(PhatgooseError):
 
 class DataError(PhatgooseError):
     """Training or evaluation data that cannot be read."""
+
+
+class SuiteError(PhatgooseError):
+    """A suite or task that does not exist or cannot be evaluated."""
 
 
 class CheckpointError(PhatgooseError):
