@@ -90,11 +90,8 @@ def load_base(
         BaseModelError: it cannot be found or loaded, or lacks weights.
         ConfigError: there is no such device.
     """
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, device = placement(dtype, device)
     _check_device(device)
-    if dtype is None:
-        dtype = "bf16" if device.startswith("cuda") else "fp32"
     source = base_source(name)
     options: dict[str, Any] = {
         "revision": revision,
@@ -124,6 +121,13 @@ def load_base(
     model.config._name_or_path = name
     model.name_or_path = name
     return model.eval()
+
+
+def placement(dtype: Dtype | None, device: str | None) -> tuple[Dtype, str]:
+    """The dtype and device that `load_base` takes where None was given."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return dtype or ("bf16" if device.startswith("cuda") else "fp32"), device
 
 
 def empty_base(name: str, revision: str | None = None) -> PreTrainedModel:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from phatgoose.embeddings import load_embeddings
-from phatgoose.errors import PoolError
+from phatgoose.errors import BaseModelError, PoolError
 from phatgoose.expert import Expert
 from phatgoose.files import sha256
 from phatgoose.manifest import BaseId, Entry
@@ -23,6 +23,19 @@ def check_base(pool: Path, base: BaseId, expert: Expert) -> None:
             expected=str(base),
             fix=f"phatgoose pool create OTHER --base {theirs}",
         )
+
+
+def check_base_name(pool: Path, base: BaseId, name: str | None) -> str:
+    """The base model to load for the pool in folder `pool`: `name`, or the one that the pool names.
+
+    Raises:
+        BaseModelError: they are two models.
+    """
+    if name is not None and not base.matches(BaseId(name=name)):
+        raise BaseModelError(
+            f"pool {pool} is for another base model", found=name, expected=str(base), fix="leave --base out"
+        )
+    return name or base.name
 
 
 def check_tensors(expert: Expert) -> None:

@@ -107,23 +107,15 @@ def _load(
     config = RouterConfig(router=router, top_k=top_k)
 
     from phatgoose.base import load_base, load_tokenizer
+    from phatgoose.checks import check_base_name
     from phatgoose.data import Encoder
-    from phatgoose.errors import BaseModelError
-    from phatgoose.manifest import BaseId
     from phatgoose.pool import Pool
     from phatgoose.routed import RoutedModel
     from phatgoose.routers import check_pool
 
     pool = Pool.open(folder)
     check_pool(pool, config)
-    name = base or pool.base.name
-    if not pool.base.matches(BaseId(name=name)):
-        raise BaseModelError(
-            f"pool {folder} is for another base model",
-            found=name,
-            expected=str(pool.base),
-            fix="leave --base out",
-        )
+    name = check_base_name(folder, pool.base, base)
     loaded = load_base(name, pool.base.revision, dtype=dtype, device=device)
     model = RoutedModel.from_pool(loaded, pool, router=router, top_k=top_k)
     return model, Encoder(load_tokenizer(name, pool.base.revision), loaded.config, text)
