@@ -102,7 +102,7 @@ def test_help_and_options_of(command: tuple[str, ...]) -> None:
     assert "Usage: phatgoose " + " ".join(command) in succeed(*command, "--help")
     code, out, err = run(*command, "--nonsense")
     assert (code, out) == (2, "")
-    assert "Usage" in err
+    assert "usage" in err.lower()  # lm-eval's own says it small
     assert "Traceback" not in err
 
 

@@ -1,4 +1,5 @@
-"""The command line: phatgoose train | gate | activations | embeddings | pool | generate | route | compare | demo.
+"""The command line: phatgoose train | gate | activations | embeddings | pool | generate | route | eval | lm-eval
+| compare | demo.
 
 This module imports nothing heavy; each command imports what it needs when it
 runs, so that --help answers at once.
@@ -15,6 +16,7 @@ import typer
 
 from phatgoose import __version__
 from phatgoose.cli.comparing import compare
+from phatgoose.cli.evaluating import evaluate, lm_eval
 from phatgoose.cli.pools import pool_app
 from phatgoose.cli.prototypes import activations, embeddings
 from phatgoose.cli.running import demo, generate, route
@@ -43,6 +45,10 @@ app.command()(embeddings)
 app.add_typer(pool_app, name="pool")
 app.command()(generate)
 app.command()(route)
+app.command("eval")(evaluate)
+# what follows it is lm-eval's own
+_AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
 app.command()(compare)
 app.command()(demo)
 

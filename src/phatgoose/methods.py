@@ -1,0 +1,116 @@
+"""Methods: what a grid compares.
+
+    ROUTER [OPTION=VALUE ...]   a router over the whole pool, as "phatgoose" or "phatgoose top_k=1"
+    base                        the base model alone
+    expert:NAME                 one expert for everything
+    own                         the dataset's own expert (held-in only)
+
+An option that has its default is left out of a method's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any
+
+from phatgoose.config import RouterConfig
+from phatgoose.errors import ConfigError, RouterError
+from phatgoose.pool import Pool
+from phatgoose.routers import ROUTERS, check_pool, router_class
+
+BASE, OWN, EXPERT, EXPERTS = "base", "own", "expert:", "experts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One of the methods above.
+
+    Attributes:
+        name: see above.
+        router: of a router or a single expert; None for `base` and `own`.
+    """
+
+    name: str
+    router: RouterConfig | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """For the rows: every option."""
+        return {"router": self.name} if self.router is None else asdict(self.router)
+
+    def router_for(self, dataset: str) -> RouterConfig | None:
+        """The router for one dataset; None for the base model alone."""
+        return single(dataset) if self.name == OWN else self.router
+
+
+def single(expert: str) -> RouterConfig:
+    """One expert for everything."""
+    return RouterConfig(router="single", expert=expert, top_k=1)
+
+
+def parse_methods(texts: Sequence[str], pool: Pool, top_k: int | None = None) -> list[Method]:
+    """Read methods as the command line gives them, and check them against the pool.
+
+    Args:
+        texts: names as above, and `experts` for all single experts.
+        pool: the experts.
+        top_k: of the routers that take one and do not say otherwise.
+
+    Raises:
+        RouterError: no such method, or the pool lacks what it needs.
+        PoolError: no such expert.
+        ConfigError: an option that does not exist or cannot be used.
+    """
+    methods: list[Method] = []
+    for text in texts:
+        head, *options = text.split()
+        if head == EXPERTS and not options:
+            methods += [_expert(name, pool) for name in pool.names]
+        elif head.startswith(EXPERT) and not options:
+            methods.append(_expert(head.removeprefix(EXPERT), pool))
+        elif head in (BASE, OWN) and not options:
+            methods.append(Method(name=head))
+        else:
+            methods.append(_router(head, options, pool, top_k))
+    return list(dict.fromkeys(methods))
+
+
+def _expert(name: str, pool: Pool) -> Method:
+    pool.entry(name)
+    check_pool(pool, single(name))
+    return Method(name=EXPERT + name, router=single(name))
+
+
+def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> Method:
+    if head not in ROUTERS or head == "single":
+        raise RouterError(
+            f"unknown router {head!r}",
+            expected=", ".join([*sorted(set(ROUTERS) - {"single"}), BASE, OWN, EXPERT + "NAME", EXPERTS]),
+        )
+    options = dict(_option(head, text) for text in texts)
+    if top_k is not None and not router_class(head).fixed_top_k:
+        options.setdefault("top_k", top_k)
+    config = RouterConfig.of(router=head, **options)
+    check_pool(pool, config)
+    changed = [
+        f"{name}={value}" for name, value in asdict(config).items() if name != "router" and value != _default(name)
+    ]
+    return Method(name=" ".join([head, *changed]), router=config)
+
+
+def _option(head: str, text: str) -> tuple[str, Any]:
+    name, sign, value = text.partition("=")
+    try:
+        return name, type(_default(name))(value)
+    except (KeyError, TypeError, ValueError) as error:
+        known = [field.name for field in fields(RouterConfig) if field.name not in ("router", "expert")]
+        raise ConfigError(
+            f"router {head!r}: cannot use {text!r}",
+            found=text if sign else f"{text} without a value",
+            expected="OPTION=NUMBER; options are " + ", ".join(known),
+        ) from error
+
+
+def _default(name: str) -> Any:
+    return {field.name: field.default for field in fields(RouterConfig) if field.default is not MISSING}[name]
