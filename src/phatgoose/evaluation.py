@@ -130,8 +130,8 @@ def evaluate(
 ) -> None:
     """Evaluate cells, and write each as soon as it is finished.
 
-    The tasks of a method are batched together. There is one progress bar, on
-    standard error.
+    The tasks of a method that are scored alike are batched together. There is
+    one progress bar, on standard error.
 
     Args:
         cells: in the order of their methods.
@@ -149,9 +149,10 @@ def evaluate(
             set_seed(first.seed)
             with _routed(model, encoder, pool, first.router) as routed:
                 lm = RoutedLM(routed, encoder, batch_tokens=config.batch_tokens, on_batch=bar.update)
-                for same_mask in _runs(same_router, lambda cell: cell.masked):
-                    with routed.without(same_mask[0].masked) if same_mask[0].masked else nullcontext():
-                        for chunk in _chunks(same_mask, config.chunk_requests):
+                # answers are written apart from choices anyway, and take another time each
+                for alike in _runs(same_router, lambda cell: (cell.masked, cell.task.is_written)):
+                    with routed.without(alike[0].masked) if alike[0].masked else nullcontext():
+                        for chunk in _chunks(alike, config.chunk_requests):
                             bar.set_description(f"{first.method.name} on {chunk[0].task.task_name}")
                             _evaluate_chunk(chunk, lm, pool, results, versions)
 

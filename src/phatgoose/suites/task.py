@@ -72,6 +72,11 @@ class SuiteTask(Task):
         return MEASURES[self.metric]
 
     @property
+    def is_written(self) -> bool:
+        """Whether answers are written, not chosen."""
+        return not self.metric.startswith("multiple_choice")
+
+    @property
     def max_new_tokens(self) -> int:
         """Of an answer."""
         return int((self._config.generation_kwargs or {})["max_gen_toks"])
