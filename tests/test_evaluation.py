@@ -239,6 +239,7 @@ def test_other_pools_and_settings_are_refused(here: Path) -> None:
         result = run(*grid("phatgoose", **({"task": "rte"} | changes)))
         assert result.code == 2
         assert all(word in result.err for word in words), result.err
+    assert "is no folder" in run(*grid("phatgoose", out="pool/pool.json")).err
     (here / "out" / "rows.jsonl").write_text("{}\n")
     assert "line 1" in run(*grid("phatgoose", task="rte")).err
     assert set(files_of(here / "out")) == set(before)
@@ -262,7 +263,7 @@ def test_missing_data(here: Path) -> None:
         (grid("expert:nobody"), ["nobody", "e0, e1, e2"]),
         (grid("phatgoose top_k=9"), ["top_k 9", "3 experts"]),
         (grid("phatgoose topk=1"), ["topk=1", "top_k"]),
-        (grid("phatgoose top_k=few"), ["top_k=few", "OPTION=NUMBER"]),
+        (grid("phatgoose top_k=few"), ["top_k=few", "NAME=NUMBER"]),
         (grid("phatgoose temperature=0"), ["temperature"]),
         (grid("own"), ["held-in"]),
         (grid("phatgoose top_k=1", pool="gateless"), ["gate", "bare", "phatgoose gate"]),
@@ -270,6 +271,7 @@ def test_missing_data(here: Path) -> None:
         (grid("phatgoose", task="rta"), ["rta", "storycloze"]),
         (grid("phatgoose", limit=0), ["limit"]),
         (grid("phatgoose", seed="one"), ["seeds", "one"]),
+        (grid("phatgoose", seed="4294967296"), ["seeds", "4294967295"]),
         (grid("phatgoose", batch_tokens=0), ["batch_tokens"]),
         (grid("phatgoose", base="org/other"), ["org/other", "tiny-llama"]),
     ],

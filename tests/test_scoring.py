@@ -107,6 +107,27 @@ def test_targets_of_one_prompt_share_a_pass(kind: str) -> None:
     assert sorted(sizes) == [1, 2, 10]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_that_read_prompts_are_told_the_prompt(kind: str, tmp_path: Path) -> None:
+    """Not the target: as if each pair went alone, whole, with its prompt named."""
+    model = RoutedModel.from_pool(MODELS[kind](), make_pool(MODELS[kind], tmp_path), router="phatgoose-prior")
+    coder = encoder(model)
+    pairs = [
+        (coder.prompt(text(2 + 5 * i, i)), coder.target(text(1 + c, 10 * i + c))) for i in range(4) for c in range(3)
+    ]
+    expected = []
+    for prompt, target in pairs:
+        row = coder.collate([coder.row(prompt, target)])
+        labels_S = row.pop("labels")[0]
+        with torch.no_grad(), model.prompts([prompt]):
+            logits_SV = model(**row).logits[0]
+        expected.append(torch.nn.functional.cross_entropy(logits_SV, labels_S, reduction="sum").item())
+    for batch_tokens in (1, 60, 10_000):
+        assert target_losses(model, coder, pairs, batch_tokens=batch_tokens) == pytest.approx(expected, rel=1e-5)
+    plain = RoutedModel.from_pool(model.unwrap(), model.pool)
+    assert target_losses(plain, coder, pairs) != pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.parametrize("kind", MODELS)
 def test_greedy_targets(kind: str) -> None:
     """A target is greedy if the model would write it, and no other of its length is."""

@@ -141,6 +141,7 @@ def evaluate(
         results: where the rows go.
         config: sizes of batches and chunks.
     """
+    results.folder.mkdir(parents=True, exist_ok=True)  # a disk that refuses does so before the work
     versions = {name: version(name) for name in PACKAGES}
     total = sum(cell.task.num_requests for cell in cells)
     with tqdm(total=total, unit="request", smoothing=0.05) as bar:

@@ -34,12 +34,14 @@ class ResultsFolder:
         pool: the pool's fingerprint.
 
     Raises:
-        ResultsError: its rows are of another pool, or damaged.
+        ResultsError: it is no folder, or its rows are of another pool or damaged.
     """
 
     def __init__(self, folder: Path, pool: str) -> None:
         self.folder = folder
         self.pool = pool
+        if folder.exists() and not folder.is_dir():
+            raise ResultsError(f"{folder} is no folder", expected="a results folder, or nothing", fix="--out OTHER")
         self.rows = _read(folder / ROWS_FILE)
         others = [row["pool"] for row in self.rows if row.get("pool") != pool]
         if others:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.config import Dtype, EvaluationConfig, TextConfig
+from phatgoose.config import SEEDS, Dtype, EvaluationConfig, TextConfig
 from phatgoose.errors import ConfigError
 
 
@@ -119,6 +119,10 @@ def _split(text: str) -> list[str]:
 
 def _seeds(text: str) -> list[int]:
     parts = _split(text)
-    if not parts or not all(part.isdecimal() for part in parts):
-        raise ConfigError("seeds are whole numbers, separated by commas", found=repr(text), expected="such as 0,1,2")
-    return [int(part) for part in dict.fromkeys(parts)]
+    if not parts or not all(part.isdecimal() and int(part) < SEEDS for part in parts):
+        raise ConfigError(
+            f"seeds are whole numbers up to {SEEDS - 1}, separated by commas",
+            found=repr(text),
+            expected="such as 0,1,2",
+        )
+    return list(dict.fromkeys(map(int, parts)))
