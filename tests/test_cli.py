@@ -270,6 +270,17 @@ def test_ways_to_generate(here: Path) -> None:
     succeed(*ask, "--dtype", "bf16")
 
 
+def test_routers_and_their_options(here: Path) -> None:
+    ask = ("generate", PROMPT, "--pool", "pool", "--max-new-tokens", 8)
+    greedy = succeed(*ask)
+    alone = succeed(*ask, "--router", "single", "--expert", "e1")
+    assert alone == succeed(*ask, "--router", "single", "--expert", "e1", "--top-k", 1) != greedy
+    assert succeed(*ask, "--router", "phatgoose-prior", "--option", "prior_strength=0") == greedy
+    assert succeed(*ask, "--option", "top_k=1") == succeed(*ask, "--top-k", 1)
+    routing = json.loads(succeed("route", PROMPT, "--pool", "pool", *SHORT, "--json", "--router", "uniform"))
+    assert routing["shares"]["text"] == {"e0": 0.5, "e1": 0.5}
+
+
 def test_route(here: Path) -> None:
     out = succeed("route", PROMPT, "--pool", "pool", *SHORT)
     answer = succeed("generate", PROMPT, "--pool", "pool", *SHORT)

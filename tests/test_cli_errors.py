@@ -33,6 +33,7 @@ def here(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 TRAIN = ["train", "data.jsonl", "--base", "tiny-llama", "--out", "new", "--steps", "2"]
 GATE = ["gate", "bare", "--data", "data.jsonl", "--steps", "2"]
 ASK = ["generate", PROMPT, "--pool", "pool", *SHORT]
+ROUTER = [*ASK, "--router"]
 IMPORT = ["pool", "import-official", CHECKPOINT, "--base", str(GOLDEN / "base"), "--out", "new"]
 
 # arguments -> words of the message
@@ -54,6 +55,13 @@ ERRORS: list[tuple[list[str], list[str]]] = [
     ([*TRAIN, "--seed", "-1"], ["seed", "-1"]),
     ([*TRAIN, "--device", "toaster"], ["'toaster'", "--device"]),
     ([*TRAIN, "--out", "data.jsonl/new"], ["data.jsonl/new", "Not a directory"]),
+    ([*ROUTER, "single"], ["--router single --expert e0"]),
+    ([*ROUTER, "single", "--expert", "e9"], ["'e9'", "e0, e1"]),
+    ([*ROUTER, "retrieval"], ["embeddings", "e0, e1", "phatgoose embeddings"]),
+    ([*ROUTER, "arrow", "--option", "warmth=1"], ["'warmth=1'", "temperature"]),
+    ([*ROUTER, "arrow", "--option", "temperature"], ["temperature without a value"]),
+    ([*ROUTER, "arrow", "--option", "temperature=hot"], ["temperature=hot"]),
+    ([*ROUTER, "arrow", "--option", "temperature=0"], ["temperature must be positive"]),
     (["gate", "nowhere", *GATE[2:]], ["nowhere", "no such folder"]),
     (["gate", "tiny-llama", *GATE[2:]], ["tiny-llama", "adapter_config.json"]),
     ([*GATE, "--data", "none.jsonl"], ["none.jsonl"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -46,6 +47,23 @@ class RouterConfig:
         if unknown:
             raise ConfigError(f"unknown option {unknown[0]!r} of a router", expected=", ".join(known))
         return cls(**options)
+
+    @classmethod
+    def parse(cls, texts: Iterable[str]) -> dict[str, float]:
+        """Options as people write them, "temperature=0.5", for `of`. Raises ConfigError."""
+        defaults = {field.name: field.default for field in fields(cls) if isinstance(field.default, int | float)}
+        found = {}
+        for text in texts:
+            name, sign, value = text.partition("=")
+            try:
+                found[name] = type(defaults[name])(value)
+            except (KeyError, ValueError) as error:
+                raise ConfigError(
+                    f"cannot use the router's option {text!r}",
+                    found=text if sign else f"{text} without a value",
+                    expected="NAME=NUMBER; names are " + ", ".join(sorted(defaults)),
+                ) from error
+        return found
 
     def __post_init__(self) -> None:
         if self.top_k < 1:

@@ -15,7 +15,7 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from phatgoose.config import RouterConfig
-from phatgoose.errors import ConfigError, RouterError
+from phatgoose.errors import RouterError
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, check_pool, router_class
 
@@ -88,7 +88,7 @@ def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> M
             f"unknown router {head!r}",
             expected=", ".join([*sorted(set(ROUTERS) - {"single"}), BASE, OWN, EXPERT + "NAME", EXPERTS]),
         )
-    options = dict(_option(head, text) for text in texts)
+    options: dict[str, Any] = RouterConfig.parse(texts)
     if top_k is not None and not router_class(head).fixed_top_k:
         options.setdefault("top_k", top_k)
     config = RouterConfig.of(router=head, **options)
@@ -97,19 +97,6 @@ def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> M
         f"{name}={value}" for name, value in asdict(config).items() if name != "router" and value != _default(name)
     ]
     return Method(name=" ".join([head, *changed]), router=config)
-
-
-def _option(head: str, text: str) -> tuple[str, Any]:
-    name, sign, value = text.partition("=")
-    try:
-        return name, type(_default(name))(value)
-    except (KeyError, TypeError, ValueError) as error:
-        known = [field.name for field in fields(RouterConfig) if field.name not in ("router", "expert")]
-        raise ConfigError(
-            f"router {head!r}: cannot use {text!r}",
-            found=text if sign else f"{text} without a value",
-            expected="OPTION=NUMBER; options are " + ", ".join(known),
-        ) from error
 
 
 def _default(name: str) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,6 +20,11 @@ PoolOption = Annotated[Path, typer.Option(help="The pool's folder.")]
 Base = Annotated[str | None, typer.Option(help="Base model; the one that the pool names if not given.")]
 RouterName = Annotated[str, typer.Option(help="How tokens choose experts.")]
 TopK = Annotated[int, typer.Option(help="Experts per token and layer.")]
+ExpertName = Annotated[str | None, typer.Option(help="The one expert of router single.")]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="NAME=NUMBER: temperature, eps, prior_strength, ... May be repeated."),
+]
 Separator = Annotated[str, typer.Option(help="Text after the prompt (decoder-only models), as in training.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.")]
 ModelDtype = Annotated[Dtype | None, typer.Option(help="bf16 on a GPU and fp32 on a CPU if not given.")]
@@ -31,6 +37,8 @@ def generate(
     base: Base = None,
     router: RouterName = RouterConfig.router,
     top_k: TopK = RouterConfig.top_k,
+    expert: ExpertName = RouterConfig.expert,
+    option: Options = None,
     separator: Separator = TextConfig.separator,
     max_new_tokens: MaxNewTokens = GenerationConfig.max_new_tokens,
     num_beams: Annotated[int, typer.Option(help="Of beam search; 1 is greedy.")] = GenerationConfig.num_beams,
@@ -44,7 +52,7 @@ def generate(
 
     from phatgoose.generation import answer
 
-    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
+    model, encoder = _load(pool, base, _router(router, top_k, expert, option), separator, dtype, device)
     typer.echo(answer(model, encoder, text, config).text)
 
 
@@ -54,6 +62,8 @@ def route(
     base: Base = None,
     router: RouterName = RouterConfig.router,
     top_k: TopK = RouterConfig.top_k,
+    expert: ExpertName = RouterConfig.expert,
+    option: Options = None,
     separator: Separator = TextConfig.separator,
     max_new_tokens: MaxNewTokens = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
@@ -69,7 +79,7 @@ def route(
 
     if html is not None:
         check_page_path(html)
-    model, encoder = _load(pool, base, router, top_k, separator, dtype, device)
+    model, encoder = _load(pool, base, _router(router, top_k, expert, option), separator, dtype, device)
     sample = routed_sample(model, encoder, text, config)
     if html is not None:
         base_name = base or model.pool.base.name
@@ -100,11 +110,10 @@ def demo(
 
 
 def _load(
-    folder: Path, base: str | None, router: str, top_k: int, separator: str, dtype: Dtype | None, device: str | None
+    folder: Path, base: str | None, config: RouterConfig, separator: str, dtype: Dtype | None, device: str | None
 ) -> tuple[RoutedModel, Encoder]:
     """The routed model and its encoder; what can be checked without the weights is checked first."""
     text = TextConfig(separator=separator)
-    config = RouterConfig(router=router, top_k=top_k)
 
     from phatgoose.base import load_base, load_tokenizer
     from phatgoose.checks import check_base_name
@@ -117,5 +126,10 @@ def _load(
     check_pool(pool, config)
     name = check_base_name(folder, pool.base, base)
     loaded = load_base(name, pool.base.revision, dtype=dtype, device=device)
-    model = RoutedModel.from_pool(loaded, pool, router=router, top_k=top_k)
-    return model, Encoder(load_tokenizer(name, pool.base.revision), loaded.config, text)
+    tokenizer = load_tokenizer(name, pool.base.revision)
+    model = RoutedModel.from_pool(loaded, pool, tokenizer=tokenizer, **asdict(config))
+    return model, Encoder(tokenizer, loaded.config, text)
+
+
+def _router(router: str, top_k: int, expert: str | None, options: list[str] | None) -> RouterConfig:
+    return RouterConfig.of(**({"router": router, "top_k": top_k, "expert": expert} | RouterConfig.parse(options or ())))
