@@ -18,6 +18,7 @@ from cli_workshop import run, succeed
 from conftest import files_of, llama, make_pool, make_tokenizer
 from grid_workshop import ROWS, SEPARATOR, grid, make_grid, rows_of
 from lm_eval import evaluator
+from peft import PeftModel
 
 from phatgoose.config import EvaluationConfig, GenerationConfig, TextConfig
 from phatgoose.data import Encoder
@@ -294,3 +295,37 @@ def test_names_of_methods(here: Path) -> None:
     ]  # fmt: skip
     names = [method.name for method in parse_methods(["phatgoose", "phatgoose top_k=2", "merged"], pool, top_k=3)]
     assert names == ["phatgoose top_k=3", "phatgoose", "merged"]
+
+
+def test_multitask_is_an_adapter_outside_the_pool(here: Path) -> None:
+    """Alone for everything; not in leave-one-out, whose datasets it was trained on."""
+    succeed(*grid("phatgoose,multitask:bare", suite="t0ho,leave-one-out", task="rte,e0"))
+    rows = rows_of(here / "out")
+    assert [(row["suite"], row["method"]) for row in rows] == [
+        ("t0ho", "phatgoose"),
+        ("leave-one-out", "phatgoose"),
+        ("t0ho", "multitask"),
+    ]
+    peft = PeftModel.from_pretrained(llama(), here / "bare").eval()
+    assert scores_of(here / "out", rows[2]) == plain_scores(peft, here / "data" / "t0ho" / "rendered" / "rte.jsonl.gz")
+    assert rows[2]["config"]["pool"] == Pool.around(here / "bare").fingerprint != rows[2]["pool"]
+    assert not (here / "pool.json").exists()
+    succeed(*grid("multitask:bare"))
+    assert run(*grid("multitask:tiny-llama")).code == 2
+
+
+def test_results_can_be_compared(here: Path) -> None:
+    """From pools to the table, with Oracle and Best Individual."""
+    succeed(*grid("phatgoose,arrow,experts"))
+    compared = json.loads(succeed("compare", "out", "--resamples", 200, "--json"))
+    (suite,) = compared["suites"]
+    assert suite["averages"].keys() >= {"phatgoose", "arrow", "Oracle", "Best Individual"}
+    means = {row["method"]: [] for row in rows_of(here / "out")}
+    for row in rows_of(here / "out"):
+        means[row["method"]].append(row["score"])
+    for method, scores in means.items():
+        if method in suite["averages"]:
+            assert suite["averages"][method]["score"] == pytest.approx(sum(scores) / len(scores))
+    best = [max(scores) for scores in zip(*(v for m, v in means.items() if m.startswith("expert:")), strict=True)]
+    assert suite["averages"]["Oracle"]["score"] == pytest.approx(sum(best) / len(best))
+    assert "Best Individual" in (here / "out" / "comparison.html").read_text(encoding="utf-8")

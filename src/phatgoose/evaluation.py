@@ -17,7 +17,8 @@ from phatgoose.config import EvaluationConfig, RouterConfig, TextConfig
 from phatgoose.data import Encoder
 from phatgoose.errors import ConfigError, SuiteError
 from phatgoose.harness import RoutedLM
-from phatgoose.methods import OWN, Method
+from phatgoose.methods import MULTITASK, Method
+from phatgoose.oracle import OWN
 from phatgoose.pool import Pool
 from phatgoose.results_folder import ResultsFolder
 from phatgoose.routed import RoutedModel
@@ -65,7 +66,8 @@ def plan(
 ) -> list[Cell]:
     """All cells of a grid; the rows of its tasks are read, so that bad data fails before anything runs.
 
-    `own` is only for held-in, and a single expert is not evaluated where it is masked out.
+    `own` is only for held-in; a single expert is not evaluated where it is masked
+    out, nor `multitask`, which was trained on all datasets, in leave-one-out.
 
     Args:
         tasks: of any suites.
@@ -148,7 +150,7 @@ def evaluate(
         for same_router in _runs(cells, lambda cell: (cell.seed, cell.method.name, cell.router)):
             first = same_router[0]
             set_seed(first.seed)
-            with _routed(model, encoder, pool, first.router) as routed:
+            with _routed(model, encoder, first.method.other_pool or pool, first.router) as routed:
                 lm = RoutedLM(routed, encoder, batch_tokens=config.batch_tokens, on_batch=bar.update)
                 # answers are written apart from choices anyway, and take another time each
                 for alike in _runs(same_router, lambda cell: (cell.masked, cell.task.is_written)):
@@ -161,8 +163,11 @@ def evaluate(
 def _exists(method: Method, task: SuiteTask) -> bool:
     if method.name == OWN:
         return task.suite == HELD_IN
+    if task.suite != LEAVE_ONE_OUT:
+        return True
+    # neither has left its own data out
     expert = None if method.router is None else method.router.expert
-    return not (task.suite == LEAVE_ONE_OUT and expert == task.name)
+    return method.name != MULTITASK and expert != task.name
 
 
 @contextmanager

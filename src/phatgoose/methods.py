@@ -4,6 +4,8 @@
     base                        the base model alone
     expert:NAME                 one expert for everything
     own                         the dataset's own expert (held-in only)
+    multitask:ADAPTER           an adapter that is not in the pool, for everything: the paper's Multitask,
+                                if it was trained on the union of all data
 
 An option that has its default is left out of a method's name.
 """
@@ -11,15 +13,17 @@ An option that has its default is left out of a method's name.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any
 
+from phatgoose.checks import check_base
 from phatgoose.config import RouterConfig
 from phatgoose.errors import RouterError
+from phatgoose.oracle import EXPERT, OWN
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, check_pool, router_class
 
-BASE, OWN, EXPERT, EXPERTS = "base", "own", "expert:", "experts"
+BASE, EXPERTS, MULTITASK = "base", "experts", "multitask"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,15 +33,18 @@ class Method:
     Attributes:
         name: see above.
         router: of a router or a single expert; None for `base` and `own`.
+        other_pool: what `router` routes among, if it is not the grid's pool.
     """
 
     name: str
     router: RouterConfig | None = None
+    other_pool: Pool | None = field(default=None, compare=False)
 
     @property
     def settings(self) -> dict[str, Any]:
         """For the rows: every option."""
-        return {"router": self.name} if self.router is None else asdict(self.router)
+        options = {"router": self.name} if self.router is None else asdict(self.router)
+        return options if self.other_pool is None else options | {"pool": self.other_pool.fingerprint}
 
     def router_for(self, dataset: str) -> RouterConfig | None:
         """The router for one dataset; None for the base model alone."""
@@ -59,7 +66,8 @@ def parse_methods(texts: Sequence[str], pool: Pool, top_k: int | None = None) ->
 
     Raises:
         RouterError: no such method, or the pool lacks what it needs.
-        PoolError: no such expert.
+        PoolError: no such expert, or an adapter that is for another base.
+        AdapterError: an adapter that cannot be routed.
         ConfigError: an option that does not exist or cannot be used.
     """
     methods: list[Method] = []
@@ -71,6 +79,8 @@ def parse_methods(texts: Sequence[str], pool: Pool, top_k: int | None = None) ->
             methods.append(_expert(head.removeprefix(EXPERT), pool))
         elif head in (BASE, OWN) and not options:
             methods.append(Method(name=head))
+        elif head.startswith(MULTITASK + ":"):
+            methods.append(_multitask(text.partition(":")[2], pool))
         else:
             methods.append(_router(head, options, pool, top_k))
     return list(dict.fromkeys(methods))
@@ -82,11 +92,19 @@ def _expert(name: str, pool: Pool) -> Method:
     return Method(name=EXPERT + name, router=single(name))
 
 
+def _multitask(adapter: str, pool: Pool) -> Method:
+    other = Pool.around(adapter)
+    check_base(pool.folder, pool.base, other.experts()[0])
+    return Method(name=MULTITASK, router=single(other.names[0]), other_pool=other)
+
+
 def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> Method:
     if head not in ROUTERS or head == "single":
         raise RouterError(
             f"unknown router {head!r}",
-            expected=", ".join([*sorted(set(ROUTERS) - {"single"}), BASE, OWN, EXPERT + "NAME", EXPERTS]),
+            expected=", ".join(
+                [*sorted(set(ROUTERS) - {"single"}), BASE, OWN, EXPERT + "NAME", EXPERTS, MULTITASK + ":ADAPTER"]
+            ),
         )
     options: dict[str, Any] = RouterConfig.parse(texts)
     if top_k is not None and not router_class(head).fixed_top_k:
@@ -100,4 +118,4 @@ def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> M
 
 
 def _default(name: str) -> Any:
-    return {field.name: field.default for field in fields(RouterConfig) if field.default is not MISSING}[name]
+    return {option.name: option.default for option in fields(RouterConfig) if option.default is not MISSING}[name]

@@ -64,6 +64,20 @@ class Pool:
         """
         return cls(Path(folder), Manifest.read(Path(folder)))
 
+    @classmethod
+    def around(cls, adapter: str | Path) -> Pool:
+        """A pool of one adapter, which stays where it lies; nothing is written.
+
+        Raises:
+            AdapterError: the folder is not a LoRA adapter that can be routed.
+            ConfigError: an expert may not be called as the folder is.
+        """
+        expert = Expert(adapter)
+        config, folder = expert.adapter.config, expert.folder.resolve()
+        files = {file.name: sha256(file) for file in sorted(expert.files())}
+        entry = Entry(name=expert.name, path=folder.name, hub=None, source=folder.name, files=files)
+        return cls(folder.parent, Manifest(base=BaseId(name=config.base, revision=config.revision), entries=(entry,)))
+
     @property
     def base(self) -> BaseId:
         """The base model that all experts were trained on."""

@@ -20,7 +20,8 @@ def evaluate(
         str,
         typer.Option(
             help="Separated by commas: routers, each with options if you like ('phatgoose top_k=1'); base; "
-            "expert:NAME, or experts for all; own (the dataset's own expert, held-in only)."
+            "expert:NAME, or experts for all; own (the dataset's own expert, held-in only); "
+            "multitask:ADAPTER, a folder outside the pool."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Results folder; finished cells are added to it, and not done again.")],
