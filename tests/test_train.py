@@ -223,7 +223,7 @@ def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.train._save_adapter", full_disk)
+        patch.setattr("phatgoose.train.save_lora", full_disk)
         with pytest.raises(OSError, match="No space left"):
             train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "killed", config=SMALL)
     (checkpoint,) = (tmp_path / "killed.training").glob("checkpoint-6")
@@ -259,7 +259,7 @@ def test_a_run_that_could_not_save_its_result(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.train._save_adapter" if what == "adapter" else "phatgoose.train.save_gate", full_disk)
+        patch.setattr("phatgoose.train.save_lora" if what == "adapter" else "phatgoose.train.save_gate", full_disk)
         with pytest.raises(OSError, match="No space left"):
             train("late")
     assert not (tmp_path / "late" / "gate.safetensors").exists()

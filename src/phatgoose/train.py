@@ -7,7 +7,6 @@ the result appears in one step at the end.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,21 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose import __version__
-from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
-from phatgoose.base import DTYPES, base_id, base_source
+from phatgoose.adapter import WEIGHTS_FILE
+from phatgoose.base import DTYPES, base_id
 from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, OptimizerConfig, TextConfig
 from phatgoose.data import Encoder, Example, fingerprint
-from phatgoose.errors import AdapterError, ConfigError, GateError
+from phatgoose.errors import AdapterError, GateError
 from phatgoose.expert import Expert
-from phatgoose.files import new_folder, replacing, sha256, write_json
+from phatgoose.files import sha256
 from phatgoose.gate import GateProvenance, save_gate
 from phatgoose.gated import GatedModel
-from phatgoose.sites import linear_shape
+from phatgoose.lora import new_lora, save_lora
 from phatgoose.trainer import run_trainer
 
 
@@ -70,37 +67,20 @@ def train_adapter(
     config, text, out = config or AdapterTrainingConfig(), text or TextConfig(), Path(out)
     check_out(out)
     encoder = Encoder(tokenizer, model.config, text)
-    set_seed(config.seed)
-    targets = config.target_modules
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha if config.alpha is not None else config.rank,  # type: ignore[arg-type]
-        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        revision=base_id(model).revision,
-    )
-    try:
-        peft_model = get_peft_model(model, lora)
-    except ValueError as error:
-        raise ConfigError("PEFT cannot adapt this base model so", found=str(error).splitlines()[0]) from error
-    # PEFT looks the base up whenever it saves a checkpoint: let it find an embedded one on this machine
-    peft_model.peft_config["default"].base_model_name_or_path = base_source(base_id(model).name)
     work = out.with_name(out.name + ".training")
-    run = _describe(config, text, model, examples, validation)
-    try:
-        _check_targets(peft_model)
+    run = describe(config, text, model, examples, validation)
+    with new_lora(model, config) as peft_model:
         run_trainer(
             peft_model, encoder, examples, config, work, run, save_steps=config.save_steps, validation=validation
         )
         trained = [p for p in peft_model.parameters() if p.requires_grad]
         if not all(torch.isfinite(p).all() for p in trained):
-            raise AdapterError(**_diverged(f"adapter {out}", config, work))
+            if _is_main_process():
+                shutil.rmtree(work)
+            raise AdapterError(**diverged(f"adapter {out}", config))
         if _is_main_process():
-            with new_folder(out) as temporary:
-                _save_adapter(peft_model, temporary, base_id(model).name, DTYPES[save_dtype])
+            save_lora(peft_model, out, base_id(model).name, DTYPES[save_dtype])
             shutil.rmtree(work)
-    finally:
-        peft_model.unload()
     return out
 
 
@@ -145,42 +125,60 @@ def train_gate(
     """
     config, text = config or GateConfig(), text or TextConfig()
     encoder = Encoder(tokenizer, model.config, text)
-    base = base_id(model)
-    run = _describe(config, text, model, examples)
-    run["adapter_sha256"] = sha256(expert.folder / WEIGHTS_FILE)
+    run = describe(config, text, model, examples) | {"adapter_sha256": sha256(expert.folder / WEIGHTS_FILE)}
     gated = GatedModel(model, expert)
     work = expert.folder.with_name(expert.folder.name + ".gating")
     try:
-        run_trainer(gated, encoder, examples, config, work, run, save_steps=max(1, config.steps // 4))
+        run_trainer(gated, encoder, examples, config, work, run, save_steps=gate_save_steps(config))
         vectors = {site: v.detach().cpu() for site, v in gated.gates().items()}
     finally:
         gated.unwrap()
     if not all(torch.isfinite(v).all() for v in vectors.values()):
-        raise GateError(**_diverged(f"the gate of {expert.folder}", config, work))
+        if _is_main_process():
+            shutil.rmtree(work)
+        raise GateError(**diverged(f"the gate of {expert.folder}", config))
     if _is_main_process():
-        provenance = GateProvenance(
-            base=base.name,
-            revision=base.revision,
-            data=run["data"],
-            adapter_sha256=run["adapter_sha256"],
-            steps=config.steps,
-            learning_rate=config.learning_rate,
-            seed=config.seed,
-            settings={"training": asdict(config), "text": asdict(text)},
-            phatgoose=__version__,
+        save_gate(
+            expert.folder,
+            vectors,
+            gate_provenance(model, run["data"], run["adapter_sha256"], config, text),
+            DTYPES[save_dtype],
         )
-        save_gate(expert.folder, vectors, provenance, DTYPES[save_dtype])
         shutil.rmtree(work)
     return vectors
 
 
-def _describe(
+def gate_save_steps(config: GateConfig) -> int:
+    """Steps between checkpoints of a gate's training."""
+    return max(1, config.steps // 4)
+
+
+def gate_provenance(
+    model: PreTrainedModel, data: str, adapter_sha256: str, config: GateConfig, text: TextConfig
+) -> GateProvenance:
+    """How a gate was made, from the fingerprints of its data and adapter and the settings."""
+    base = base_id(model)
+    return GateProvenance(
+        base=base.name,
+        revision=base.revision,
+        data=data,
+        adapter_sha256=adapter_sha256,
+        steps=config.steps,
+        learning_rate=config.learning_rate,
+        seed=config.seed,
+        settings={"training": asdict(config), "text": asdict(text)},
+        phatgoose=__version__,
+    )
+
+
+def describe(
     config: OptimizerConfig,
     text: TextConfig,
     model: PreTrainedModel,
     examples: Sequence[Example],
     validation: Sequence[Example] = (),
 ) -> dict[str, Any]:
+    """Everything that makes a run what it is, as plain data."""
     return {
         **asdict(config),
         **asdict(text),
@@ -190,40 +188,14 @@ def _describe(
     }
 
 
-def _check_targets(peft_model: Any) -> None:
-    """PEFT can adapt embeddings and convolutions too; a router cannot mix those."""
-    for name, module in peft_model.base_model.model.named_modules():
-        if isinstance(module, LoraLayer) and linear_shape(module.get_base_layer()) is None:
-            raise ConfigError(
-                f"{name} cannot be adapted",
-                found=type(module.get_base_layer()).__name__,
-                expected="names of linear layers",
-                fix="--target-modules all-linear",
-            )
-
-
-def _diverged(what: str, config: OptimizerConfig, work: Path) -> dict[str, str]:
-    """An error's text. The checkpoints go: another try has other settings, and would trip over them."""
-    if _is_main_process():
-        shutil.rmtree(work)
+def diverged(what: str, config: OptimizerConfig) -> dict[str, str]:
+    """An error's text. Its checkpoints must go: another try has other settings, and would trip over them."""
     return {
         "what": f"{what} is not finite after {config.steps} steps",
         "found": "NaN or infinity",
         "expected": "finite numbers",
         "fix": f"--learning-rate, lower than {config.learning_rate:g}",
     }
-
-
-def _save_adapter(peft_model: Any, folder: Path, base: str, dtype: torch.dtype) -> None:
-    from safetensors.torch import load_file, save_file
-
-    peft_model.save_pretrained(str(folder))
-    weights = {name: t.to(dtype) for name, t in load_file(folder / WEIGHTS_FILE).items()}
-    with replacing(folder / WEIGHTS_FILE) as temporary:
-        save_file(weights, temporary, metadata={"format": "pt"})
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
-    write_json(folder / CONFIG_FILE, config)
 
 
 def _is_main_process() -> bool:

@@ -6,7 +6,7 @@ Axes: B sequences, S positions, V vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from phatgoose.data import IGNORED, Encoder, Example
 from phatgoose.errors import ConfigError
 from phatgoose.files import write_json
 
-_RUN_FILE = "run.json"
+RUN_FILE = "run.json"
 
 
 def target_loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
@@ -71,6 +71,48 @@ def run_trainer(
         ConfigError: an unfinished run with other settings lies in `work`.
     """
     checkpoint = _last_checkpoint(work, run)
+
+    def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        batch = encoder.collate(rows)
+        # Under the name "labels" the model would compute a loss of its own, and
+        # the Trainer would rescale ours by a count of labels that it shifts
+        # or not depending on the model.
+        batch["targets"] = batch.pop("labels")
+        return batch
+
+    trainer = make_trainer(
+        model,
+        config,
+        work,
+        save_steps=save_steps,
+        dataset=[encoder.encode(example) for example in examples],
+        validation=[encoder.encode(example) for example in validation],
+        collate=collate,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def make_trainer(
+    model: nn.Module,
+    config: OptimizerConfig,
+    work: Path,
+    *,
+    save_steps: int,
+    dataset: Sequence[Any],
+    validation: Sequence[Any],
+    collate: Callable[[list[Any]], Any],
+) -> Trainer:
+    """transformers' Trainer with our settings and `target_loss`, on the device that `model` is on.
+
+    Args:
+        model: what is trained.
+        config: settings.
+        work: folder of the checkpoints.
+        save_steps: steps between checkpoints, and between evaluations.
+        dataset: rows to train on.
+        validation: rows to choose the best checkpoint by; empty for the last one.
+        collate: makes a batch of rows.
+    """
     evaluates = "steps" if validation else "no"
     on_cpu = next(model.parameters()).device.type == "cpu"
     arguments = TrainingArguments(
@@ -103,45 +145,46 @@ def run_trainer(
     # One process trains on one GPU. With several in sight the Trainer would split each batch by DataParallel,
     # behind the back of batch_size; torchrun and accelerate start a process for each.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-
-    def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        batch = encoder.collate(rows)
-        # Under the name "labels" the model would compute a loss of its own, and
-        # the Trainer would rescale ours by a count of labels that it shifts
-        # or not depending on the model.
-        batch["targets"] = batch.pop("labels")
-        return batch
-
-    trainer = _TargetTrainer(
+    return _TargetTrainer(
         model=model,
         args=arguments,
-        train_dataset=[encoder.encode(example) for example in examples],
-        eval_dataset=[encoder.encode(example) for example in validation] or None,
+        train_dataset=dataset,
+        eval_dataset=validation or None,
         data_collator=collate,
     )
-    trainer.train(resume_from_checkpoint=checkpoint)
+
+
+def goes_on(work: Path, run: dict[str, Any]) -> bool:
+    """Whether `work` holds an unfinished run; if not, it is made, with the description of a new one.
+
+    Raises:
+        ConfigError: the unfinished run has other settings.
+    """
+    path = work / RUN_FILE
+    if not path.is_file():
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+        return False
+    old = json.loads(path.read_text(encoding="utf-8"))
+    different = sorted(key for key in old.keys() | run.keys() if old.get(key) != run.get(key))
+    if different:
+        raise ConfigError(
+            f"{work} holds an unfinished run with other settings",
+            found=f"{different[0]}: {old.get(different[0])!r}",
+            expected=f"{run.get(different[0])!r}",
+            fix=f"use the old settings to go on, or delete {work} to begin anew",
+        )
+    return True
 
 
 def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
     """The checkpoint to go on from; None for a new run, whose description is written down."""
-    path = work / _RUN_FILE
-    if path.is_file():
-        old = json.loads(path.read_text(encoding="utf-8"))
-        different = sorted(key for key in old.keys() | run.keys() if old.get(key) != run.get(key))
-        if different:
-            raise ConfigError(
-                f"{work} holds an unfinished run with other settings",
-                found=f"{different[0]}: {old.get(different[0])!r}",
-                expected=f"{run.get(different[0])!r}",
-                fix=f"use the old settings to go on, or delete {work} to begin anew",
-            )
-        # From a checkpoint of the last step the Trainer would train one batch too many:
-        # it looks for the end only after a batch. The last stretch is repeated instead.
-        whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
-        return str(max(whole, key=_step)) if whole else None
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(path, run)
-    return None
+    if not goes_on(work, run):
+        return None
+    # From a checkpoint of the last step the Trainer would train one batch too many:
+    # it looks for the end only after a batch. The last stretch is repeated instead.
+    whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
+    return str(max(whole, key=_step)) if whole else None
 
 
 def _step(checkpoint: Path) -> int:
