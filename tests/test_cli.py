@@ -16,8 +16,10 @@ from cli_workshop import CHECKPOINT, PROMPT, SHORT, Result, make_workshop, run, 
 from conftest import GOLDEN, files_of, make_data, make_pool, t5
 
 import phatgoose
+from phatgoose.adapter import WEIGHTS_FILE
 from phatgoose.cli import app
 from phatgoose.convert import import_official
+from phatgoose.files import sha256
 from phatgoose.pool import Pool
 
 
@@ -165,6 +167,18 @@ def test_from_data_to_a_routed_answer(base: str, here: Path) -> None:
 
 
 # --- pools ------------------------------------------------------------------------------------
+
+
+def test_an_adapter_of_several_datasets(here: Path) -> None:
+    """Their union, in the order given, as one file of all rows would be."""
+    rows = (here / "data.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (here / "a.jsonl").write_text("".join(rows[:5]), encoding="utf-8")
+    (here / "b.jsonl").write_text("".join(rows[5:]), encoding="utf-8")
+    settings = ("--base", here / "tiny-llama", "--steps", 2, "--rank", 2, "--device", "cpu")
+    out = succeed("train", "a.jsonl", "b.jsonl", *settings, "--out", "multitask")
+    assert "gate" not in out
+    succeed("train", "data.jsonl", *settings, "--out", "one")
+    assert sha256(here / "multitask" / WEIGHTS_FILE) == sha256(here / "one" / WEIGHTS_FILE)
 
 
 def test_list(here: Path) -> None:

