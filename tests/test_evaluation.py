@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from cli_workshop import run, succeed
-from conftest import files_of, llama, make_pool, make_tokenizer
+from conftest import files_of, llama, make_tokenizer
 from grid_workshop import ROWS, SEPARATOR, grid, make_grid, rows_of
 from lm_eval import evaluator
 from peft import PeftModel
@@ -225,76 +225,6 @@ def test_a_limit_is_the_same_rows_for_all(here: Path) -> None:
     assert len({row["data"] for row in rows}) == 1 and {row["num_rows"] for row in rows} == {5}
     ids = [json.loads((here / "out" / row["examples"]).read_text())["example_ids"] for row in rows]
     assert ids == [ids[0]] * 4 and rows[0]["limit"] == 5
-
-
-def test_other_pools_and_settings_are_refused(here: Path) -> None:
-    succeed(*grid("phatgoose", task="rte"))
-    before = files_of(here / "out")
-    other = make_pool(llama, here / "more", 2)
-    for changes, words in (
-        ({"pool": "more/pool"}, [Pool.open("pool").fingerprint, other.fingerprint, "--out"]),
-        ({"limit": 5}, ["limit", "None", "expected: 5"]),
-        ({"separator": "<4>"}, ["text", "<4>"]),
-        ({"dtype": "bf16"}, ["dtype", "bf16"]),
-    ):
-        result = run(*grid("phatgoose", **({"task": "rte"} | changes)))
-        assert result.code == 2
-        assert all(word in result.err for word in words), result.err
-    assert "is no folder" in run(*grid("phatgoose", out="pool/pool.json")).err
-    (here / "out" / "rows.jsonl").write_text("{}\n")
-    assert "line 1" in run(*grid("phatgoose", task="rte")).err
-    assert set(files_of(here / "out")) == set(before)
-
-
-def test_missing_data(here: Path) -> None:
-    (here / "data" / "t0ho" / "rendered" / "cb.jsonl.gz").unlink()
-    result = run(*grid("phatgoose"))
-    assert result.code == 2 and "t0ho_cb has no data" in result.err and "--skip-missing" in result.err
-    assert not (here / "out").exists()
-    result = run(*grid("phatgoose"), "--skip-missing")
-    assert result.code == 0 and "left out: task t0ho_cb" in result.err
-    assert [row["task"] for row in rows_of(here / "out")] == ["rte"]
-    assert run(*grid("phatgoose", out="none", task="cb"), "--skip-missing").code == 2
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (grid("nearest"), ["unknown router 'nearest'", "phatgoose", "arrow", "base", "own", "expert:NAME"]),
-        (grid("expert:nobody"), ["nobody", "e0, e1, e2"]),
-        (grid("phatgoose top_k=9"), ["top_k 9", "3 experts"]),
-        (grid("phatgoose topk=1"), ["topk=1", "top_k"]),
-        (grid("phatgoose top_k=few"), ["top_k=few", "NAME=NUMBER"]),
-        (grid("phatgoose temperature=0"), ["temperature"]),
-        (grid("own"), ["held-in"]),
-        (grid("phatgoose top_k=1", pool="gateless"), ["gate", "bare", "phatgoose gate"]),
-        (grid("phatgoose", suite="t0h0"), ["t0h0", "leave-one-out"]),
-        (grid("phatgoose", task="rta"), ["rta", "storycloze"]),
-        (grid("phatgoose", limit=0), ["limit"]),
-        (grid("phatgoose", seed="one"), ["seeds", "one"]),
-        (grid("phatgoose", seed="4294967296"), ["seeds", "4294967295"]),
-        (grid("phatgoose", batch_tokens=0), ["batch_tokens"]),
-        (grid("phatgoose", base="org/other"), ["org/other", "tiny-llama"]),
-    ],
-    ids=lambda value: value[-1] if isinstance(value[0], str) and value[0] != "eval" else "",
-)
-def test_what_cannot_run_fails_first(arguments: list[str], words: list[str], here: Path) -> None:
-    """Before the base is loaded, and without a trace on disk."""
-    shutil.rmtree(here / "tiny-llama")
-    result = run(*arguments)
-    assert result.code == 2
-    assert all(word in result.err for word in words), result.err
-    assert not (here / "out").exists()
-
-
-def test_names_of_methods(here: Path) -> None:
-    pool = Pool.open("pool")
-    texts = ["phatgoose", "phatgoose top_k=2", "phatgoose  temperature=0.5 top_k=1", "merged", "base", "experts"]
-    assert [method.name for method in parse_methods(texts, pool)] == [
-        "phatgoose", "phatgoose top_k=1 temperature=0.5", "merged", "base", "expert:e0", "expert:e1", "expert:e2"
-    ]  # fmt: skip
-    names = [method.name for method in parse_methods(["phatgoose", "phatgoose top_k=2", "merged"], pool, top_k=3)]
-    assert names == ["phatgoose top_k=3", "phatgoose", "merged"]
 
 
 def test_multitask_is_an_adapter_outside_the_pool(here: Path) -> None:
