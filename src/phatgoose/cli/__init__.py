@@ -8,6 +8,7 @@ runs, so that --help answers at once.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import sys
 from typing import NoReturn
@@ -64,6 +65,8 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # PEFT imports bitsandbytes, which warns of an optional kernel that only 4-bit models on a CPU would use
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main() -> None:
