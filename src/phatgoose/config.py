@@ -233,6 +233,26 @@ class AdapterTrainingConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class BatchingConfig:
+    """How experts are trained over one forward pass. None of it changes a result beyond rounding.
+
+    Attributes:
+        experts_at_once: most experts in a batch; each has `batch_size` rows there.
+        length_multiple: batches are padded to a multiple of so many positions, so that few shapes occur.
+        compile: compile the model's blocks. Faster on a GPU, after a minute for the compiler.
+    """
+
+    experts_at_once: int = 8
+    length_multiple: int = 32
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("experts_at_once", "length_multiple"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class BootstrapConfig:
     """How intervals of averages are drawn.
 

@@ -1,9 +1,12 @@
-"""A new LoRA on a base model, made and saved by PEFT."""
+"""A new LoRA on a base model, made and saved by PEFT.
+
+Axes: E experts, I in-features, O out-features, R rank.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,24 @@ def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
     """Site -> PEFT's layer there."""
     base: Any = peft_model.get_base_model()
     return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+
+def initial_factors(layers: Mapping[str, Any], num_experts: int) -> dict[str, torch.Tensor]:
+    """PEFT's initial values, once for each expert: "<site>.a", shape (E, R, I), and "<site>.b", shape (E, R, O)."""
+    factors = {}
+    for site, layer in layers.items():
+        a_RI, b_OR = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        factors[site + ".a"] = a_RI.expand(num_experts, -1, -1)
+        factors[site + ".b"] = b_OR.T.expand(num_experts, -1, -1)
+    return factors
+
+
+def load_factors(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor], expert: int) -> None:
+    """Put one expert's values, of the shapes that `initial_factors` gives, into PEFT's layers."""
+    with torch.no_grad():
+        for site, layer in layers.items():
+            layer.lora_A["default"].weight.copy_(factors[site + ".a"][expert])
+            layer.lora_B["default"].weight.copy_(factors[site + ".b"][expert].T)
 
 
 def save_lora(peft_model: PeftModel, out: Path, base: str, dtype: torch.dtype) -> None:

@@ -1,0 +1,138 @@
+"""Which experts train together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from phatgoose.data import Encoder, Example, read_examples
+from phatgoose.errors import ConfigError
+from phatgoose.expert import check_name
+from phatgoose.trainer import RUN_FILE
+
+_SAMPLED = 200  # examples whose lengths stand for all
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingJob:
+    """One of several experts to be trained.
+
+    Attributes:
+        folder: of the expert; `train_adapters` makes it, `train_gates` wants an
+            adapter in it. Its name is the expert's.
+        examples: training data.
+        validation: if given, the adapter with the lowest loss on it is kept.
+    """
+
+    folder: Path
+    examples: Sequence[Example]
+    validation: Sequence[Example] = ()
+
+    @property
+    def name(self) -> str:
+        """The expert's name."""
+        return self.folder.name
+
+    def work(self, suffix: str) -> Path:
+        """Where the checkpoints of a group that this expert leads are kept."""
+        return self.folder.with_name(self.name + suffix)
+
+
+def read_jobs(files: Sequence[Path], out: Path, split: str, validation_split: str | None) -> list[TrainingJob]:
+    """A job for each data file, whose stem names the expert.
+
+    Args:
+        files: .jsonl or .jsonl.gz.
+        out: gets a folder for each.
+        split: rows to train on.
+        validation_split: rows to choose checkpoints by; None for none.
+
+    Raises:
+        ConfigError: a file has another ending, or a name that no expert can have.
+        DataError: missing, broken or empty; it names the line.
+    """
+    jobs = []
+    for file in files:
+        if not file.name.endswith((".jsonl", ".jsonl.gz")):
+            raise ConfigError(f"{file} is no data file", expected="a .jsonl or .jsonl.gz file for each expert")
+        jobs.append(
+            TrainingJob(
+                folder=out / check_name(file.name.removesuffix(".gz").removesuffix(".jsonl")),
+                examples=read_examples(str(file), split),
+                validation=read_examples(str(file), validation_split) if validation_split else (),
+            )
+        )
+    check_names(jobs)
+    return jobs
+
+
+def check_names(jobs: Sequence[TrainingJob]) -> None:
+    """Raise ConfigError if two jobs have one name, or one has a name that no expert can have."""
+    names = [check_name(job.name) for job in jobs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(
+            f"two experts are named {twice[0]!r}", expected="a name for each", fix="rename one of the data files"
+        )
+
+
+def training_groups(
+    jobs: Sequence[TrainingJob], finished: Sequence[bool], encoder: Encoder, experts_at_once: int, suffix: str
+) -> list[list[TrainingJob]]:
+    """Put the experts that are not finished into groups with rows of like length.
+
+    A group that was interrupted comes first, as it was: its checkpoint is of all of them.
+
+    Args:
+        jobs: all of them.
+        finished: which have their result already.
+        encoder: of the base model.
+        experts_at_once: most experts in a group.
+        suffix: of the work folders' names.
+
+    Raises:
+        ConfigError: an interrupted group has an expert that is not in `jobs`.
+    """
+    groups = [
+        group
+        for job, is_finished in zip(jobs, finished, strict=True)
+        if (group := _interrupted(job, is_finished, jobs, suffix))
+    ]
+    taken = [job for group in groups for job in group]
+    rest = [job for job, is_finished in zip(jobs, finished, strict=True) if not is_finished and job not in taken]
+    rest.sort(key=lambda job: (_length(job, encoder), job.name))
+    num_groups = -(-len(rest) // experts_at_once)
+    # of like size too, so that no group is left with a few experts
+    bounds = [len(rest) * i // max(1, num_groups) for i in range(num_groups + 1)]
+    return groups + [rest[start:end] for start, end in pairwise(bounds)]
+
+
+def _interrupted(lead: TrainingJob, is_finished: bool, jobs: Sequence[TrainingJob], suffix: str) -> list[TrainingJob]:
+    """The group that `lead` led when it was interrupted; empty if it led none."""
+    path = lead.work(suffix) / RUN_FILE
+    if not path.is_file():
+        return []
+    by_name = {job.name: job for job in jobs}
+    names = json.loads(path.read_text(encoding="utf-8")).get("experts")
+    if names is None and is_finished:  # it was trained alone, and only its checkpoints were not yet removed
+        return []
+    missing = sorted(set(names or {}) - by_name.keys())
+    if names is None or missing:
+        raise ConfigError(
+            f"{path.parent} holds an unfinished run of other experts",
+            found=f"with {missing[0]}" if missing else f"{lead.name} alone",
+            expected=f"only some of: {', '.join(sorted(by_name))}",
+            fix=f"finish it with the command that began it, or delete {path.parent} to begin anew",
+        )
+    return [by_name[name] for name in names]
+
+
+def _length(job: TrainingJob, encoder: Encoder) -> float:
+    """The length that a tenth of an expert's rows reach; a batch is as long as its longest row."""
+    step = max(1, len(job.examples) // _SAMPLED)
+    return float(np.quantile([len(encoder.encode(example)["input_ids"]) for example in job.examples[::step]], 0.9))
