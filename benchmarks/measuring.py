@@ -41,8 +41,10 @@ def peak_mib(method: Method) -> float:
     return most / 2**20
 
 
-def device_name() -> str:
+def device_name(device: str = "cpu") -> str:
     """What the rows were measured on."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
     model = next(
         (
             line.partition(":")[2].strip()
@@ -61,6 +63,16 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def replace_rows(path: Path, rows: Sequence[Mapping[str, object]], key: str) -> None:
+    """Write a CSV, keeping an older one's rows whose `key` is none of the new ones'."""
+    old: list[dict[str, str]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            old = list(csv.DictReader(file))
+    new = {row[key] for row in rows}
+    write_rows(path, [*(row for row in old if row[key] not in new), *rows])
 
 
 def _seconds(method: Method) -> float:
