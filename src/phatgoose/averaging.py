@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,11 +27,12 @@ from phatgoose.expert import Expert
 from phatgoose.files import sha256
 from phatgoose.routing_table import INPUT, OUTPUT, TEXT, describe_site
 from phatgoose.sites import check_sites
+from phatgoose.wrapped import WrappedLinear
 
 NUM_EXAMPLES = 1000
 
 
-class AveragingLinear(nn.Module):
+class AveragingLinear(WrappedLinear):
     """A frozen linear layer with a LoRA, and the weighted sum of all that has entered it.
 
     Args:
@@ -43,8 +43,7 @@ class AveragingLinear(nn.Module):
     """
 
     def __init__(self, base: nn.Module, weights: LoraWeights, stream: str, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.stream = stream
         device = next(base.parameters()).device
         self.a_RI = weights.a_RI.to(device, dtype)
@@ -60,12 +59,6 @@ class AveragingLinear(nn.Module):
         update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
         y: torch.Tensor = self.base(x)
         return y + update.to(y.dtype)
-
-    # Models look at this of their linear layers (T5 reads wo.weight.dtype).
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight."""
-        return self.base.weight
 
 
 def save_mean_activations(

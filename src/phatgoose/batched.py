@@ -22,9 +22,10 @@ from transformers import PreTrainedModel
 from phatgoose.batches import Batch
 from phatgoose.data import IGNORED
 from phatgoose.errors import BaseModelError
+from phatgoose.wrapped import WrappedLinear
 
 
-class BatchedLora(nn.Module):
+class BatchedLora(WrappedLinear):
     """A frozen linear layer and a LoRA of each expert, with or without gates.
 
     y = W u + scaling * B A u, and with gates y = W u + B A u * sigmoid(v . u).
@@ -46,8 +47,7 @@ class BatchedLora(nn.Module):
         scaling: float = 1.0,
         gates_EI: torch.Tensor | None = None,
     ) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.a_ERI = a_ERI
         self.b_ERO = b_ERO
         self.gates_EI = gates_EI
@@ -73,17 +73,6 @@ class BatchedLora(nn.Module):
         # A sum of its own, not baddbmm: a compiler makes it a part of what comes next
         update = torch.bmm(h_ENR, self.b_ERO).view(y.shape)
         return torch.add(y, update, alpha=self.scaling).to(y.dtype)
-
-    # Models look at these of their linear layers (T5 reads wo.weight.dtype).
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Any:
-        """The base layer's bias."""
-        return self.base.bias
 
 
 class TargetHead(nn.Module):

@@ -17,9 +17,10 @@ from transformers import PreTrainedModel
 from phatgoose.adapter import LoraWeights
 from phatgoose.expert import Expert
 from phatgoose.sites import check_sites
+from phatgoose.wrapped import WrappedLinear
 
 
-class GatedLinear(nn.Module):
+class GatedLinear(WrappedLinear):
     """A frozen linear layer and a frozen LoRA behind a trainable gate.
 
     Args:
@@ -32,8 +33,7 @@ class GatedLinear(nn.Module):
     b_OR: torch.Tensor
 
     def __init__(self, base: nn.Module, weights: LoraWeights, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         device = next(base.parameters()).device
         self.register_buffer("a_RI", weights.a_RI.to(device, dtype), persistent=False)
         self.register_buffer("b_OR", (weights.b_OR.float() * weights.scaling).to(device, dtype), persistent=False)
@@ -47,17 +47,6 @@ class GatedLinear(nn.Module):
         opening = torch.sigmoid((x.float() * self.gate_I).sum(dim=-1, keepdim=True))
         update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
         return y + (update * opening).to(y.dtype)
-
-    # Models look at these of their linear layers (T5 reads wo.weight.dtype).
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Any:
-        """The base layer's bias."""
-        return self.base.bias
 
 
 class GatedModel(nn.Module):

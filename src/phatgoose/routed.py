@@ -23,9 +23,10 @@ from phatgoose.routers import PromptRouter, Router, check_pool
 from phatgoose.sites import check_sites
 from phatgoose.stack import SiteStack, stack_sites
 from phatgoose.trace import RoutingRecord, Trace
+from phatgoose.wrapped import WrappedLinear
 
 
-class RoutedLinear(nn.Module):
+class RoutedLinear(WrappedLinear):
     """`base(x) + sum of the chosen experts' updates of x`.
 
     Sees only `(..., I)`: no position or mask, so a token's routing depends on
@@ -43,8 +44,7 @@ class RoutedLinear(nn.Module):
     b_ERO: torch.Tensor
 
     def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.router = router
         self.backend = backend
         self.record: RoutingRecord | None = None
@@ -87,17 +87,6 @@ class RoutedLinear(nn.Module):
             )
         # also right for beams, which lie beside each other
         return self.prompt_bias_BE.repeat_interleave(num_tokens // num_prompts, dim=0)
-
-    # Models look at these of their linear layers (T5 reads wo.weight.dtype).
-    @property
-    def weight(self) -> Any:
-        """The base layer's weight."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> Any:
-        """The base layer's bias."""
-        return self.base.bias
 
 
 class RoutedModel(nn.Module):
