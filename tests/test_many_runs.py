@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from cli_workshop import run, succeed
-from conftest import fails, files_of, llama, make_adapter, make_base, make_data, make_tokenizer
+from conftest import fails, files_of, llama, make_adapter, make_base, make_data, make_expert, make_tokenizer
 from safetensors.torch import load_file, save_file
 from test_many import GATE, LORA, make_jobs
 
@@ -48,6 +49,24 @@ def train_long(what: str, folder: Path, experts_at_once: int = 2) -> None:
         train_adapters(llama(), make_tokenizer(), jobs, config=LONG, batching=batching, progress=False)
     else:
         train_gates(llama(), make_tokenizer(), make_jobs(folder), config=LONG_GATE, batching=batching, progress=False)
+
+
+@pytest.mark.parametrize("has_run_file", [True, False])
+@pytest.mark.parametrize("what", ["adapter", "gate"])
+def test_a_run_killed_while_it_cleans_up(what: str, has_run_file: bool, tmp_path: Path) -> None:
+    """All experts are there, and the work folder is whole or half deleted: it goes, nothing is trained again."""
+    jobs = make_jobs(tmp_path)
+    for job in jobs:
+        make_expert(llama, job.folder)
+    before = files_of(tmp_path)
+    work = jobs[0].work(".training" if what == "adapter" else ".gating")
+    work.mkdir()
+    (work / "checkpoint.safetensors").write_bytes(b"of the last step but ten")
+    if has_run_file:
+        (work / "run.json").write_text(json.dumps({"experts": {job.name: {} for job in jobs}}), encoding="utf-8")
+    train = train_adapters if what == "adapter" else train_gates
+    train(llama(), make_tokenizer(), jobs, progress=False)
+    assert files_of(tmp_path) == before
 
 
 @pytest.mark.parametrize("what", ["adapter", "gate"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -87,6 +88,7 @@ def training_groups(
     """Put the experts that are not finished into groups with rows of like length.
 
     A group that was interrupted comes first, as it was: its checkpoint is of all of them.
+    The work folders of groups that are finished, or half deleted, are deleted.
 
     Args:
         jobs: all of them.
@@ -98,6 +100,7 @@ def training_groups(
     Raises:
         ConfigError: an interrupted group has an expert that is not in `jobs`.
     """
+    _sweep(jobs, finished, suffix)
     groups = [
         group
         for job, is_finished in zip(jobs, finished, strict=True)
@@ -110,6 +113,19 @@ def training_groups(
     # of like size too, so that no group is left with a few experts
     bounds = [len(rest) * i // max(1, num_groups) for i in range(num_groups + 1)]
     return groups + [rest[start:end] for start, end in pairwise(bounds)]
+
+
+def _sweep(jobs: Sequence[TrainingJob], finished: Sequence[bool], suffix: str) -> None:
+    """Delete what a run that was killed at its very end has left."""
+    done = {job.name for job, is_finished in zip(jobs, finished, strict=True) if is_finished}
+    for job in jobs:
+        work = job.work(suffix)
+        path = work / RUN_FILE
+        if not work.is_dir():
+            continue
+        names = json.loads(path.read_text(encoding="utf-8")).get("experts") if path.is_file() else {}
+        if names is not None and set(names) <= done:
+            shutil.rmtree(work)
 
 
 def _interrupted(lead: TrainingJob, is_finished: bool, jobs: Sequence[TrainingJob], suffix: str) -> list[TrainingJob]:
