@@ -75,10 +75,10 @@ def train_adapter(
         )
         trained = [p for p in peft_model.parameters() if p.requires_grad]
         if not all(torch.isfinite(p).all() for p in trained):
-            if _is_main_process():
+            if is_main_process():
                 shutil.rmtree(work)
             raise AdapterError(**diverged(f"adapter {out}", config))
-        if _is_main_process():
+        if is_main_process():
             save_lora(peft_model, out, base_id(model).name, DTYPES[save_dtype])
             shutil.rmtree(work)
     return out
@@ -134,10 +134,10 @@ def train_gate(
     finally:
         gated.unwrap()
     if not all(torch.isfinite(v).all() for v in vectors.values()):
-        if _is_main_process():
+        if is_main_process():
             shutil.rmtree(work)
         raise GateError(**diverged(f"the gate of {expert.folder}", config))
-    if _is_main_process():
+    if is_main_process():
         save_gate(
             expert.folder,
             vectors,
@@ -198,5 +198,6 @@ def diverged(what: str, config: OptimizerConfig) -> dict[str, str]:
     }
 
 
-def _is_main_process() -> bool:
+def is_main_process() -> bool:
+    """Whether this process, of those of one training, is the one that writes results."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -67,7 +67,7 @@ def writable(expert: Expert) -> Iterator[Expert]:
     """
     from phatgoose.expert import Expert
     from phatgoose.pool import containing_pool
-    from phatgoose.train import _is_main_process
+    from phatgoose.train import is_main_process
 
     inside = containing_pool(expert.folder)
     if inside is None:
@@ -80,5 +80,5 @@ def writable(expert: Expert) -> Iterator[Expert]:
         for file in expert.files():
             shutil.copyfile(file, copy / file.name)
         yield Expert(copy)
-        if _is_main_process():
+        if is_main_process():
             pool.replace(name, copy)
