@@ -6,12 +6,13 @@ import itertools
 import math
 import random
 
+import numpy as np
 import pytest
 from conftest import contrast
 from results_folders import add_row
 
 from phatgoose.comparison import compare
-from phatgoose.comparison_page import Axis, write_comparison_page
+from phatgoose.comparison_page import APART, Axis, _spread, write_comparison_page
 from phatgoose.config import BootstrapConfig
 from phatgoose.results import read_results
 
@@ -277,3 +278,9 @@ def test_axis(values, low, high, step):
     ticks = axis.ticks()
     assert (ticks[0]["at"], ticks[-1]["at"]) == (0, 100)
     assert [tick["zero"] for tick in ticks].count(True) == (low <= 0 <= high)
+
+
+def test_labels_of_points_that_coincide_in_a_corner_part() -> None:
+    places = np.array(_spread([(0.0, 0.0)] * 4 + [(100.0, 100.0)] * 3))
+    apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1000 * np.eye(len(places))
+    assert apart.min() > 0.95 * APART

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 from conftest import as_text, llama, make_base, make_data, token_ids
+from grid_workshop import make_grid
 
 from phatgoose.pool import Pool
+from phatgoose.results import read_results
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = {"base", "own expert", "top-1", "top-2", "left out"}
@@ -70,3 +72,45 @@ def test_demo_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert "are done" not in capsys.readouterr().out
     assert times(out) == before
     assert json.loads((out / "scores.json").read_text()) == scores
+
+
+def test_ocean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = make_grid(tmp_path / "grid", rows=6)
+    out, data = tmp_path / "out", grid / "data"
+    options = {
+        "--data": data, "--out": out, "--base": grid / "tiny-llama", "--rank": 2, "--steps": 4, "--gate-steps": 2,
+        "--batch-size": 2, "--multitask-steps": 4, "--multitask-batch-size": 4, "--rows": 3, "--dtype": "fp32",
+        "--batch-tokens": 512,
+    }  # fmt: skip
+    args = [str(RECIPES / "ocean.py"), *(str(part) for pair in options.items() for part in pair)]
+    args += ["--seeds", "0", "1", "--tasks", "rte", "object_counting", "e0", "e1"]
+    monkeypatch.setattr(sys, "argv", [*args, "--stages", "train", "--seeds", "0"])
+    runpy.run_path(args[0], run_name="__main__")
+    monkeypatch.setattr(sys, "argv", args)
+    runpy.run_path(args[0], run_name="__main__")
+
+    for seed in (0, 1):
+        pool = Pool.open(out / f"seed-{seed}" / "pool")
+        assert pool.names == ("e0", "e1")
+        assert pool.check(llama()) == []
+        assert all(expert.brings(need) for expert in pool.experts() for need in ("gate", "activations", "embeddings"))
+    results, warnings = read_results([out / f"seed-{seed}" / "results" for seed in (0, 1)])
+    assert not warnings
+    cells = {(r.suite, r.task, r.method) for r in results if r.seed == 1}
+    methods = {method for _, _, method in cells}
+    assert {"base", "own", "multitask", "phatgoose", "phatgoose-prior", "expert:e0", "expert:e1"} <= methods
+    # both tasks of the suites over the pool's datasets, one each of the paper's
+    assert {cell[:2] for cell in cells if cell[2] == "phatgoose"} == {
+        ("t0ho", "rte"), ("bbh", "object_counting"), ("held-in", "e0"), ("held-in", "e1"),
+        ("leave-one-out", "e0"), ("leave-one-out", "e1"),
+    }  # fmt: skip
+    assert "phatgoose top_k=1" in {r.method for r in results if r.seed == 0}
+    assert "phatgoose top_k=1" not in methods
+    assert "| phatgoose-prior |" in (out / "comparison.md").read_text()
+
+    before = times(out)
+    capsys.readouterr()
+    runpy.run_path(args[0], run_name="__main__")
+    after = times(out)
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed == {"comparison.md", "comparison.html", "times.jsonl"}  # of stages that found nothing to do

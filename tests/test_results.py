@@ -201,3 +201,20 @@ def test_order_of_examples_does_not_matter(tmp_path):
     add_row(tmp_path, "t0ho", "rte", "arrow", [0, 0, 1], ids=["c", "b", "a"], data="same")
     results, _ = read_results([tmp_path])
     np.testing.assert_array_equal(results[0].sums_C, results[1].sums_C)
+
+
+def test_multitask_of_each_seed_is_another_adapter(tmp_path):
+    """It routes in a pool of its own, whose fingerprint is among its settings."""
+    for seed in (0, 1):
+        config = {"router": "single", "pool": str(seed) * 64}
+        (tmp_path / str(seed)).mkdir()
+        add_row(
+            tmp_path / str(seed), "t0ho", "rte", "multitask", [1.0, 0.0], seed=seed, config=config, pool=str(seed) * 64
+        )
+    results, _ = read_results([tmp_path / "0", tmp_path / "1"])
+    assert [result.seed for result in results] == [0, 1]
+    add_row(
+        tmp_path / "0", "t0ho", "cb", "multitask", [1.0], config={"router": "single", "pool": "2" * 64}, pool="0" * 64
+    )
+    with pytest.raises(ResultsError, match="multitask has different settings"):
+        read_results([tmp_path / "0"])

@@ -203,11 +203,11 @@ def _scatters(comparison: Comparison) -> list[dict[str, Any]]:
 def _spread(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """Places for labels near the points, moved until no two are closer than APART."""
     places = np.array(points, dtype=np.float64)
-    # points that coincide need a direction to part in
+    # points that coincide, as some do in a corner, need a direction to part in
     angles = 2.4 * np.arange(len(places))
-    places += 0.01 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    directions = 0.01 * np.stack([np.cos(angles), np.sin(angles)], axis=1)
     for _ in range(500):
-        apart = places[:, None] - places[None]
+        apart = places[:, None] - places[None] + directions[:, None] - directions[None]
         distances = np.linalg.norm(apart, axis=-1) + 1000 * np.eye(len(places))
         if distances.min() >= APART:
             break
