@@ -53,8 +53,12 @@ def test_assemble() -> None:
     ]
     # an empty row attends to its first position, because nothing at all would be NaN
     assert batch.inputs["attention_mask"].sum(dim=1).tolist() == [3, 4, 4, 1]
-    assert batch.positions_EM.tolist() == [[1, 2, 6, 7, 8, 9, 0, 0], [2, 3, 0, 0, 0, 0, 0, 0]]
-    assert batch.targets_EM.tolist() == [[7, eos, 9, 10, 11, eos, IGNORED, IGNORED], [15, eos] + [IGNORED] * 6]
+    assert batch.positions_M.tolist() == [1, 2, 6, 7, 8, 9, 14, 15]
+    assert batch.targets_M.tolist() == [7, eos, 9, 10, 11, eos, 15, eos]
+    assert batch.experts_M.tolist() == [0] * 6 + [1] * 2
+    equal = assemble([rows[:2], rows[2:]], [1.0, 0.5], num_rows=2, pad_id=0, length_multiple=3, equal_targets=True)
+    assert equal.positions_M.tolist() == [1, 2, 6, 7, 8, 9, 14, 15, 0, 0, 0, 0]
+    assert equal.targets_M.tolist() == [7, eos, 9, 10, 11, eos, 15, eos] + [IGNORED] * 4
     assert batch.weights_E.tolist() == pytest.approx([1 / 6, 0.5 / 2])
 
 
@@ -64,7 +68,9 @@ def test_assemble_encoder_decoder() -> None:
     rows = encode_rows(encoder, [Example(input="<5> <6> <7>", target="<8>"), Example(input="<9>", target="<10> <11>")])
     batch = assemble([[rows[0]], [rows[1]]], [1.0, 1.0], num_rows=1, pad_id=0)
     assert batch.inputs["decoder_input_ids"].tolist() == [[0, 8, 0], [0, 10, 11]]
-    assert batch.positions_EM.tolist() == [[0, 1, 0, 0], [0, 1, 2, 0]]
+    assert batch.positions_M.tolist() == [0, 1, 3, 4, 5, 0, 0, 0]
+    assert batch.targets_M[5:].tolist() == [IGNORED] * 3
+    assert batch.experts_M.tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 

@@ -4,8 +4,8 @@ A batch's sequences are ordered by expert, as many for each, so that the
 experts' updates are two batched products on a view: nothing is gathered, and
 no loop goes over experts.
 
-Axes: E experts, B = E * rows sequences, N tokens of each expert, M target
-tokens of each expert, I in-features, O out-features, R rank, V vocabulary.
+Axes: E experts, B = E * rows sequences, S positions, N tokens of each expert,
+M target tokens of all experts, I in-features, O out-features, R rank, V vocabulary.
 """
 
 from __future__ import annotations
@@ -82,25 +82,21 @@ class TargetHead(nn.Module):
 
     Args:
         head: the model's output layer.
-        num_experts: E.
 
     Attributes:
-        positions_EM: of the next call: which of an expert's positions to take.
+        positions_M: of the next call: which of its B * S positions to take.
     """
 
-    positions_EM: torch.Tensor
+    positions_M: torch.Tensor
 
-    def __init__(self, head: nn.Module, num_experts: int) -> None:
+    def __init__(self, head: nn.Module) -> None:
         super().__init__()
         self.head = head
-        self.num_experts = num_experts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape (B, S, I) -> (E, M, V)."""
-        x_ENI = x.reshape(self.num_experts, -1, x.shape[-1])
-        x_EMI = x_ENI.gather(1, self.positions_EM.unsqueeze(2).expand(-1, -1, x.shape[-1]))
-        logits_EMV: torch.Tensor = self.head(x_EMI)
-        return logits_EMV
+        """x of shape (B, S, I) -> (1, M, V)."""
+        logits_1MV: torch.Tensor = self.head(x.flatten(0, 1)[self.positions_M].unsqueeze(0))
+        return logits_1MV
 
     @property
     def weight(self) -> Any:
@@ -120,6 +116,9 @@ class BatchedModel(nn.Module):
         model: the base model, frozen by this.
         layers: site -> what takes the place of its layer; at least one.
 
+    Attributes:
+        adapts_head: whether the output head is among the sites; see `assemble`'s `equal_targets`.
+
     Raises:
         BaseModelError: the model has no output head of its own.
     """
@@ -138,17 +137,21 @@ class BatchedModel(nn.Module):
             raise BaseModelError(
                 f"{type(model).__name__} has no output head", expected="a model that predicts tokens of a vocabulary"
             )
-        self.head = TargetHead(head, len(next(iter(layers.values())).a_ERI))
+        self.head = TargetHead(head)
+        self.adapts_head = isinstance(head, BatchedLora)
         self._replace(name, self.head)
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Each expert's weighted cross-entropy, fp32, shape (E,)."""
-        self.head.positions_EM = batch.positions_EM
-        logits_EMV = self.model(**batch.inputs, use_cache=False).logits
-        losses_N = F.cross_entropy(
-            logits_EMV.flatten(0, 1).float(), batch.targets_EM.flatten(), reduction="none", ignore_index=IGNORED
+        self.head.positions_M = batch.positions_M
+        logits_1MV = self.model(**batch.inputs, use_cache=False).logits
+        losses_M = F.cross_entropy(
+            logits_1MV.squeeze(0).float(), batch.targets_M, reduction="none", ignore_index=IGNORED
         )
-        return losses_N.view(batch.targets_EM.shape).sum(dim=1) * batch.weights_E
+        # not index_add, whose sums depend on chance on a GPU
+        experts_E1 = torch.arange(len(batch.weights_E), device=losses_M.device).unsqueeze(1)
+        losses_EM = torch.where(batch.experts_M == experts_E1, losses_M, 0.0)
+        return losses_EM.sum(dim=1) * batch.weights_E
 
     @contextmanager
     def compiled(self) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Batches of several experts: each expert's rows in its own order, side by side.
 
 Axes: E experts, B = E * rows sequences (ordered by expert, as many for each),
-S positions, M target tokens (as many for each expert).
+S positions, M target tokens of all experts.
 """
 
 from __future__ import annotations
@@ -43,14 +43,16 @@ class Batch:
 
     Attributes:
         inputs: of the model; int64, shape (B, S).
-        positions_EM: which of an expert's rows * S positions predict target tokens.
-        targets_EM: the target tokens; IGNORED where an expert has fewer than M.
+        positions_M: which of the B * S positions predict target tokens.
+        targets_M: the target tokens; IGNORED where there is padding.
+        experts_M: whose they are.
         weights_E: what the sum of an expert's losses is multiplied with.
     """
 
     inputs: dict[str, torch.Tensor]
-    positions_EM: torch.Tensor
-    targets_EM: torch.Tensor
+    positions_M: torch.Tensor
+    targets_M: torch.Tensor
+    experts_M: torch.Tensor
     weights_E: torch.Tensor
 
     def to(self, device: torch.device) -> Batch:
@@ -61,8 +63,9 @@ class Batch:
 
         return Batch(
             inputs={name: move(tensor) for name, tensor in self.inputs.items()},
-            positions_EM=move(self.positions_EM),
-            targets_EM=move(self.targets_EM),
+            positions_M=move(self.positions_M),
+            targets_M=move(self.targets_M),
+            experts_M=move(self.experts_M),
             weights_E=move(self.weights_E),
         )
 
@@ -95,6 +98,7 @@ class GroupData:
             its examples and of its validation examples; they are its dataset.
         length_multiple: S is rounded up to a multiple of it, so that few shapes occur.
         with_mask: whether the model must be told where padding is.
+        equal_targets: see `assemble`.
     """
 
     def __init__(
@@ -106,10 +110,12 @@ class GroupData:
         *,
         length_multiple: int,
         with_mask: bool,
+        equal_targets: bool = False,
     ) -> None:
         self._pad_id = encoder.pad_id
         self._length_multiple = length_multiple
         self._with_mask = with_mask
+        self._equal_targets = equal_targets
         self._rows = [encode_rows(encoder, some) for some in examples]
         self._validation = [encode_rows(encoder, some) for some in validation]
         self.trainers = [
@@ -142,6 +148,7 @@ class GroupData:
             pad_id=self._pad_id,
             length_multiple=self._length_multiple,
             with_mask=self._with_mask,
+            equal_targets=self._equal_targets,
         )
 
 
@@ -153,6 +160,7 @@ def assemble(
     pad_id: int,
     length_multiple: int = 1,
     with_mask: bool = True,
+    equal_targets: bool = False,
 ) -> Batch:
     """Pad the rows of each expert into one batch; an expert with fewer than `num_rows` gets empty ones.
 
@@ -163,6 +171,8 @@ def assemble(
         pad_id: fills short rows on the right.
         length_multiple: the length is rounded up to a multiple of it.
         with_mask: whether to make an attention mask.
+        equal_targets: pad each expert's targets to as many as the others', as an
+            output head with LoRAs wants them: in E equal parts.
     """
     flat = [row for some in rows for row in some]
     places = [e * num_rows + r for e, some in enumerate(rows) for r in range(len(some))]
@@ -185,19 +195,25 @@ def assemble(
     length = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1]
 
     counts = [sum(len(row.targets) for row in some) for some in rows]
-    # powers of two, because the shapes of these cost little and should be few
-    most = 1 << (max(counts) - 1).bit_length()
-    positions = np.zeros((len(rows), most), dtype=np.int64)
-    targets = np.full((len(rows), most), IGNORED, dtype=np.int64)
+    room = [max(counts)] * len(rows) if equal_targets else counts
+    starts = np.concatenate([[0], np.cumsum(room)])
+    total = int(starts[-1])
+    positions = np.zeros(total if equal_targets else _few_sizes(total), dtype=np.int64)
+    targets = np.full(len(positions), IGNORED, dtype=np.int64)
+    experts = np.zeros(len(positions), dtype=np.int64)
     for e, some in enumerate(rows):
         if some:
-            positions[e, : counts[e]] = np.concatenate([r * length + row.positions for r, row in enumerate(some)])
-            targets[e, : counts[e]] = np.concatenate([row.targets for row in some])
+            own = slice(starts[e], starts[e] + counts[e])
+            first = e * num_rows
+            positions[own] = np.concatenate([(first + r) * length + row.positions for r, row in enumerate(some)])
+            targets[own] = np.concatenate([row.targets for row in some])
+            experts[own] = e
     weights = [share / tokens if tokens else 0.0 for tokens, share in zip(counts, shares, strict=True)]
     return Batch(
         inputs={name: torch.from_numpy(ids) for name, ids in inputs.items()},
-        positions_EM=torch.from_numpy(positions),
-        targets_EM=torch.from_numpy(targets),
+        positions_M=torch.from_numpy(positions),
+        targets_M=torch.from_numpy(targets),
+        experts_M=torch.from_numpy(experts),
         weights_E=torch.tensor(weights),
     )
 
@@ -229,3 +245,8 @@ def _side_by_side(orders: Sequence[Sequence[list[int]]]) -> Iterator[list[list[i
 
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
+
+
+def _few_sizes(number: int) -> int:
+    """`number` rounded up, so that an allocator meets few sizes; a thousand targets cost little beside a batch."""
+    return min(1 << (number - 1).bit_length(), _round_up(number, 1024))

@@ -222,6 +222,7 @@ class _Run:
                     partial(self._trainer, batched, work),
                     length_multiple=self.batching.length_multiple,
                     with_mask=needs_mask(self.model),
+                    equal_targets=batched.adapts_head,
                 )
                 trainer = GroupTrainer(
                     batched, matrix, data, self.config, work, run, progress=label if self.progress else None
