@@ -12,9 +12,9 @@ DATA is laid out as docs/evaluation.md says. Makes
     OUT/times.jsonl                  how long each stage took, and on what
 
 What is finished is skipped, and what was killed goes on from its last checkpoint
-or finished suite, when the command is given again. Seeds, stages (--stages) and
-parts of the evaluation (--part 0/3, 1/3, 2/3) can run beside each other, on as
-many GPUs as there are, in one OUT.
+or finished method, when the command is given again. Seeds and stages (--stages) can
+run beside each other, on as many GPUs as there are, in one OUT; so can
+evaluations of one seed, because each takes what no other has begun.
 
 docs/results.md says why the settings are what they are. None was chosen by a
 held-out task: the adapters' checkpoints by the datasets' validation splits, the
@@ -35,7 +35,7 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from phatgoose.averaging import save_mean_activations
 from phatgoose.base import load_base, load_tokenizer, placement
@@ -52,10 +52,11 @@ from phatgoose.config import (
 )
 from phatgoose.data import Encoder
 from phatgoose.embedding import save_example_embeddings
-from phatgoose.evaluation import evaluate, plan, with_data
+from phatgoose.evaluation import Cell, evaluate, plan, with_data
 from phatgoose.expert import Expert
 from phatgoose.many import train_adapters, train_gates
-from phatgoose.methods import parse_methods
+from phatgoose.methods import EXPERTS, MULTITASK, parse_methods
+from phatgoose.oracle import EXPERT, OWN
 from phatgoose.pool import Pool
 from phatgoose.results import read_results
 from phatgoose.results_folder import ResultsFolder
@@ -73,7 +74,6 @@ SETTINGS = (
     "glider global_scale=100", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4", "phatgoose top_k=8",
     "phatgoose temperature=0.5", "phatgoose temperature=2", "phatgoose-prior prior_strength=1",
 )  # fmt: skip
-MULTITASK = "multitask"
 # rows of each task: a seeded sample, the same for every method and seed
 ROWS = {"t0ho": 200, "bbh": 150, HELD_IN: 60, LEAVE_ONE_OUT: 60}
 
@@ -84,7 +84,7 @@ class Grid:
 
     Attributes:
         experts: size of the pool, the first so many in an order drawn once; None for all.
-        seeds: how many of the seeds take part, from the first on; None for all.
+        seeds: only seeds below it; None for all.
     """
 
     methods: tuple[str, ...]
@@ -100,8 +100,8 @@ class Grid:
 
 GRIDS = (
     Grid(methods=(*ROUTERS, "base", MULTITASK), suites=ALL),
-    Grid(methods=("own",), suites=(HELD_IN,)),
-    Grid(methods=("experts",), suites=HELD_OUT),
+    Grid(methods=(OWN,), suites=(HELD_IN,)),
+    Grid(methods=(EXPERTS,), suites=HELD_OUT),
     Grid(methods=SETTINGS, suites=ALL, seeds=1),
     *(
         Grid(methods=("phatgoose", "phatgoose-prior", "arrow", "merged"), suites=HELD_OUT, experts=size, seeds=1)
@@ -119,7 +119,6 @@ def main() -> None:
     parser.add_argument("--datasets", nargs="+", help="of DATA/t0hi; all if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", choices=("train", "evaluate", "tables"))
-    parser.add_argument("--part", default="0/1", help="I/N: evaluate every N-th method from the I-th on")
     parser.add_argument("--tasks", nargs="+", default=(), help="of the suites; all if not given")
     parser.add_argument("--routers", nargs="+", help="instead of all methods: these, on all suites")
     parser.add_argument("--rows", type=int, help="of each task, at most")
@@ -143,7 +142,7 @@ def main() -> None:
         if "train" in stages:
             train(args, seed)
         if "evaluate" in stages:
-            evaluate_part(args, seed)
+            evaluate_methods(args, seed)
     if "tables" in stages:
         write_tables(args)
 
@@ -216,47 +215,58 @@ def some(rows: Sequence, number: int) -> Sequence:
 # --- evaluate
 
 
-def evaluate_part(args: argparse.Namespace, seed: int) -> None:
-    """All methods on all suites, or this part of them."""
+def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
+    """All methods on all suites, but for what another process is at."""
     folder = args.out / f"seed-{seed}"
     pool = Pool.open(folder / "pool")
     dtype, device = placement(args.dtype, None)
-    text = TextConfig()
     model = load_base(args.base, dtype=dtype, device=device)
-    encoder = Encoder(load_tokenizer(args.base), model.config, text)
+    encoder = Encoder(load_tokenizer(args.base), model.config, TextConfig())
     # its warnings are about settings that are made here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # a suite is one chunk, because a batch is only full when there is enough to fill it
+    # a method is one chunk, because a batch is only full when there is enough to fill it
     config = EvaluationConfig(batch_tokens=args.batch_tokens, chunk_requests=10**9)
-    number, parts = map(int, args.part.split("/"))
     order = random.Random(0).sample(pool.names, len(pool))
-    for grid, method in list(todo(args, seed))[number::parts]:
+    for grid, method in todo(args, seed):
         chosen = pool if grid.experts is None else pool.subset(sorted(order[: grid.experts]))
-        results = ResultsFolder(folder / grid.results, chosen.fingerprint)
-        adapter = folder / MULTITASK
-        methods = parse_methods([f"{MULTITASK}:{adapter}" if method == MULTITASK else method], chosen)
-        for suite in grid.suites:
-            limit = ROWS[suite] if args.rows is None else args.rows
-            tasks, _ = with_data(load_tasks([suite], chosen, data=args.data, limit=limit))
-            tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
-            if not tasks:
-                continue
-            cells = plan(tasks, methods, [seed], base=args.base, dtype=dtype, limit=limit, text=text)
-            cells = [cell for cell in cells if results.find(cell.key) is None]
-            if cells:
-                with timed(args, seed, f"{method} on {suite} of {len(chosen)}"):
-                    evaluate(cells, model, encoder, chosen, results, config)
+        results = folder / grid.results
+        results.mkdir(exist_ok=True)
+        try:
+            with FileLock(results / f".{method}.lock", timeout=0):
+                cells = unfinished(args, seed, grid, method, chosen)
+                if cells:
+                    with timed(args, seed, f"{method}, {len(chosen)} experts, {len(cells)} tasks"):
+                        evaluate(cells, model, encoder, chosen, ResultsFolder(results, chosen.fingerprint), config)
+        except Timeout:
+            continue
+
+
+def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, pool: Pool) -> list[Cell]:
+    """A method's cells of which there is no row yet."""
+    folder = args.out / f"seed-{seed}"
+    results = ResultsFolder(folder / grid.results, pool.fingerprint)
+    name = f"{MULTITASK}:{folder / MULTITASK}" if method == MULTITASK else method
+    methods = parse_methods([name], pool)
+    cells: list[Cell] = []
+    for suite in grid.suites:
+        limit = ROWS[suite] if args.rows is None else args.rows
+        tasks, _ = with_data(load_tasks([suite], pool, data=args.data, limit=limit))
+        tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
+        cells += plan(tasks, methods, [seed], base=args.base, dtype=args.dtype, limit=limit, text=TextConfig())
+    return [cell for cell in cells if results.find(cell.key) is None]
 
 
 def todo(args: argparse.Namespace, seed: int) -> Iterator[tuple[Grid, str]]:
     """Each grid's methods, one by one."""
     grids = GRIDS if args.routers is None else [Grid(methods=tuple(args.routers), suites=ALL)]
     for grid in grids:
-        if grid.seeds is not None and seed not in args.seeds[: grid.seeds]:
+        if grid.seeds is not None and seed >= grid.seeds:
             continue
         if grid.experts is not None and grid.experts >= len(datasets(args)):
             continue
-        for method in grid.methods:
+        for method in chain.from_iterable(
+            [f"{EXPERT}{name}" for name in datasets(args)] if method == EXPERTS else [method] for method in grid.methods
+        ):
             if RouterConfig.parse(method.split()[1:]).get("top_k", 0) <= len(datasets(args)):
                 yield grid, method
 

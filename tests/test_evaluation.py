@@ -158,10 +158,10 @@ def test_a_masked_expert_carries_nothing(here: Path) -> None:
         ("leave-one-out", "expert:e1", ()),
     ]
     model = RoutedModel.from_pool(llama(), pool)
-    lm = RoutedLM(model, make_encoder(model), batch_tokens=1)
     for cell, is_zero in zip(cells[:2], (False, True), strict=True):
-        with model.without(cell.masked), model.trace() as trace:
-            evaluator.evaluate(lm, {"tasks": {"task": cell.task}}, bootstrap_iters=0)
+        lm = RoutedLM(model, make_encoder(model), batch_tokens=1, without={cell.task.task_name: cell.masked})
+        with model.trace() as trace:
+            evaluator.evaluate(lm, {"tasks": {cell.task.task_name: cell.task}}, bootstrap_iters=0)
         weights_BSE = torch.cat([trace.weights(site) for site in trace.sites])
         assert (weights_BSE[..., 0].sum() == 0) == is_zero
         assert (weights_BSE.sum(dim=-1) - 1).abs().max() < 1e-5

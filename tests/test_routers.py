@@ -15,6 +15,7 @@ from conftest import (
     llama,
     make_adapter,
     make_expert,
+    model_inputs,
 )
 from peft import PeftModel
 from routing_workshop import complete, logits, make_pool, routed
@@ -110,6 +111,26 @@ def test_a_masked_expert_is_as_if_it_had_never_been_added(router: str, tmp_path:
 
 
 @pytest.mark.parametrize("router", AMONG_MANY)
+def test_prompts_of_one_batch_can_lack_different_experts(router: str, tmp_path: Path) -> None:
+    model = routed(llama(), make_pool("llama", tmp_path), router=router)
+    unmasked, ids = logits(model), model_inputs(model.model)["input_ids"]
+    expected = []
+    for b, names in enumerate((["e2"], ["e0", "e3"])):
+        with model.without(names):
+            expected.append(logits(model, input_ids=ids[b : b + 1]))
+    with model.prompts(ids.tolist(), without=[["e2"], ["e0", "e3"]]), model.trace() as trace:
+        found = logits(model, input_ids=ids)
+    assert_close(found, torch.cat(expected))
+    for site in trace.sites:
+        weights_BSE = trace.weights(site)
+        assert weights_BSE[0, :, 2].max() == weights_BSE[1, :, [0, 3]].max() == 0 < weights_BSE[0, :, [0, 1, 3]].sum()
+    assert torch.equal(logits(model), unmasked)
+    # both kinds of masks add up
+    with model.without(["e3"]), model.prompts(ids.tolist(), without=[["e2"], ["e0"]]):
+        assert_close(logits(model, input_ids=ids)[1:], expected[1])
+
+
+@pytest.mark.parametrize("router", AMONG_MANY)
 def test_more_masked_than_top_k_leaves(router: str, tmp_path: Path) -> None:
     pool = make_pool("llama", tmp_path, num_experts=3)
     expected = logits(PeftModel.from_pretrained(llama(), tmp_path / "e1"))
@@ -142,6 +163,11 @@ def test_masking_everything_is_refused(tmp_path: Path) -> None:
     model = routed(llama(), make_pool("llama", tmp_path, num_experts=2))
     fails(RouterError, "e0, e1", action=lambda: model.without(["e0", "e1"]).__enter__())
     fails(PoolError, "'e7'", action=lambda: model.without(["e7"]).__enter__())
+    fails(RouterError, "e0, e1", action=lambda: model.prompts([[5], [6]], [[], ["e1", "e0"]]).__enter__())
+    fails(PoolError, "'e7'", action=lambda: model.prompts([[5]], [["e7"]]).__enter__())
+    with model.without(["e0"]):
+        fails(RouterError, "e0, e1", action=lambda: model.prompts([[5]], [["e1"]]).__enter__())
+    logits(model)  # and nothing is left masked
 
 
 @pytest.mark.parametrize("router", AMONG_MANY)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import MODELS, as_text, make_pool, make_tokenizer, token_ids
 
-from phatgoose.config import TextConfig
+from phatgoose.config import GenerationConfig, TextConfig
 from phatgoose.data import Encoder, Example
+from phatgoose.generation import answers
 from phatgoose.routed import RoutedModel
 from phatgoose.scoring import score, target_losses, target_scores
 
@@ -126,6 +127,24 @@ def test_routers_that_read_prompts_are_told_the_prompt(kind: str, tmp_path: Path
         assert target_losses(model, coder, pairs, batch_tokens=batch_tokens) == pytest.approx(expected, rel=1e-5)
     plain = RoutedModel.from_pool(model.unwrap(), model.pool)
     assert target_losses(plain, coder, pairs) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior"])
+def test_pairs_can_lack_different_experts(router: str, tmp_path: Path) -> None:
+    """The same prompt too, and answers as well as targets."""
+    model = RoutedModel.from_pool(MODELS["llama"](), make_pool(MODELS["llama"], tmp_path), router=router)
+    coder, names = encoder(model), [(), ("e0",), ("e1",), ("e0",)]
+    texts = [text(6, 1), text(6, 1), text(6, 1), text(9, 2)]
+    pairs = [(coder.prompt(prompt), coder.target(text(3, 5))) for prompt in texts]
+    options = GenerationConfig(max_new_tokens=4)
+    alone, written = [], []
+    for pair, prompt, masked in zip(pairs, texts, names, strict=True):
+        with model.without(masked):
+            alone += target_losses(model, coder, [pair])
+            written += answers(model, coder, [prompt], options)
+    assert len({round(loss, 4) for loss in alone}) == 4
+    assert target_losses(model, coder, pairs, without=names) == pytest.approx(alone, rel=1e-5)
+    assert answers(model, coder, texts, options, without=names) == written
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
@@ -151,13 +151,18 @@ def evaluate(
             first = same_router[0]
             set_seed(first.seed)
             with _routed(model, encoder, first.method.other_pool or pool, first.router) as routed:
-                lm = RoutedLM(routed, encoder, batch_tokens=config.batch_tokens, on_batch=bar.update)
+                lm = RoutedLM(
+                    routed,
+                    encoder,
+                    batch_tokens=config.batch_tokens,
+                    on_batch=bar.update,
+                    without={cell.task.task_name: cell.masked for cell in same_router},
+                )
                 # answers are written apart from choices anyway, and take another time each
-                for alike in _runs(same_router, lambda cell: (cell.masked, cell.task.is_written)):
-                    with routed.without(alike[0].masked) if alike[0].masked else nullcontext():
-                        for chunk in _chunks(alike, config.chunk_requests):
-                            bar.set_description(f"{first.method.name} on {chunk[0].task.task_name}")
-                            _evaluate_chunk(chunk, lm, pool, results, versions)
+                for alike in _runs(same_router, lambda cell: cell.task.is_written):
+                    for chunk in _chunks(alike, config.chunk_requests):
+                        bar.set_description(f"{first.method.name} on {chunk[0].task.task_name}")
+                        _evaluate_chunk(chunk, lm, pool, results, versions)
 
 
 def _exists(method: Method, task: SuiteTask) -> bool:

@@ -47,6 +47,7 @@ def answers(
     *,
     batch_tokens: int = 4096,
     on_batch: Callable[[int], object] | None = None,
+    without: Sequence[Sequence[str]] = (),
 ) -> list[Answer]:
     """Generate answers to many prompts, in batches of prompts of like length.
 
@@ -62,6 +63,7 @@ def answers(
         batch_tokens: positions of a batch when its answers are complete,
             padding and beams included; one prompt at least.
         on_batch: called with the number of prompts of each finished batch.
+        without: for each text, the experts that are masked for it (`RoutedModel.prompts`); nothing for none.
 
     Returns:
         One answer a text, in the order of `texts`.
@@ -74,18 +76,25 @@ def answers(
         positions = config.num_beams * (len(prompts[order[start]]) + config.max_new_tokens)
         batch = order[start : start + (1 if config.sample else max(1, batch_tokens // positions))]
         set_seed(config.seed)
-        found.update(zip(batch, _generate(model, encoder, [prompts[i] for i in batch], config), strict=True))
+        masked = [without[i] for i in batch] if without else ()
+        found.update(zip(batch, _generate(model, encoder, [prompts[i] for i in batch], config, masked), strict=True))
         start += len(batch)
         if on_batch is not None:
             on_batch(len(batch))
     return [found[i] for i in range(len(prompts))]
 
 
-def _generate(model: Any, encoder: Encoder, prompts: list[list[int]], config: GenerationConfig) -> list[Answer]:
+def _generate(
+    model: Any,
+    encoder: Encoder,
+    prompts: list[list[int]],
+    config: GenerationConfig,
+    without: Sequence[Sequence[str]] = (),
+) -> list[Answer]:
     # a decoder-only model goes on from the last position, which must be the prompt's own
     left = not encoder.encoder_decoder
     input_ids_BS = pad(prompts, encoder.pad_id, left=left).to(model.device)
-    with routed_prompts(model, prompts):
+    with routed_prompts(model, prompts, without):
         output_ids_BS = model.generate(
             input_ids=input_ids_BS,
             attention_mask=pad([[1] * len(prompt) for prompt in prompts], 0, left=left).to(model.device),

@@ -7,7 +7,7 @@ after that import.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class RoutedLM(HFLM):
         encoder: of the base model.
         batch_tokens: positions of a batch, padding included.
         on_batch: called with the number of requests of each finished batch.
+        without: task's name -> experts that are masked for its requests.
         options: of HFLM, such as `batch_size` (of lm-eval's own generation).
     """
 
@@ -51,12 +52,14 @@ class RoutedLM(HFLM):
         *,
         batch_tokens: int = EvaluationConfig.batch_tokens,
         on_batch: Progress | None = None,
+        without: Mapping[str, Sequence[str]] | None = None,
         **options: Any,
     ) -> None:
         self.routed = model
         self.encoder = encoder
         self.batch_tokens = batch_tokens
         self.on_batch = on_batch
+        self.without = without or {}
         wrapped = model.model if isinstance(model, RoutedModel) else model
         super().__init__(pretrained=wrapped, tokenizer=encoder.tokenizer, **options)
 
@@ -69,7 +72,14 @@ class RoutedLM(HFLM):
             if text not in encoded:
                 encoded[text] = self.encoder.prompt(text)
             pairs.append((encoded[text], self.encoder.target(target)))
-        sums = target_losses(self.routed, self.encoder, pairs, batch_tokens=self.batch_tokens, on_batch=self.on_batch)
+        sums = target_losses(
+            self.routed,
+            self.encoder,
+            pairs,
+            batch_tokens=self.batch_tokens,
+            on_batch=self.on_batch,
+            without=self._masked(requests),
+        )
         return [loss / len(target) for loss, (_, target) in zip(sums, pairs, strict=True)]
 
     def answer(self, requests: Sequence[Instance]) -> list[str]:
@@ -84,9 +94,13 @@ class RoutedLM(HFLM):
                 GenerationConfig(max_new_tokens=length),
                 batch_tokens=self.batch_tokens,
                 on_batch=self.on_batch,
+                without=self._masked([requests[i] for i in numbers]),
             )
             found.update({i: one.text for i, one in zip(numbers, written, strict=True)})
         return [found[i] for i in range(len(requests))]
+
+    def _masked(self, requests: Sequence[Instance]) -> list[Sequence[str]]:
+        return [self.without.get(str(request.task_name), ()) for request in requests]
 
     # lm-eval's own request types
 

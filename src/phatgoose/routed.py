@@ -30,8 +30,9 @@ class RoutedLinear(WrappedLinear):
     """`base(x) + sum of the chosen experts' updates of x`.
 
     Sees only `(..., I)`: no position or mask, so a token's routing depends on
-    nothing but its activation. The exception are routers that read prompts: for
-    them, `prompt_bias_BE` says what each of B prompts adds to the scores.
+    nothing but its activation. There are two exceptions. For routers that read
+    prompts, `prompt_bias_BE` says what each of B prompts adds to the scores; and
+    `prompt_mask_BE` says which experts are masked for one prompt and not for others.
 
     Args:
         base: the linear layer that is replaced; any kind, quantised ones too.
@@ -49,6 +50,8 @@ class RoutedLinear(WrappedLinear):
         self.backend = backend
         self.record: RoutingRecord | None = None
         self.prompt_bias_BE: torch.Tensor | None = None
+        self.prompt_mask_BE: torch.Tensor | None = None
+        self.mask_1E: torch.Tensor | None = None
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
 
@@ -56,7 +59,7 @@ class RoutedLinear(WrappedLinear):
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
         y: torch.Tensor = self.base(x)
         x_NI = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_NI, self._bias(len(x_NI)))
+        routing = self.router(x_NI, self._bias(len(x_NI)), self._mask(len(x_NI)))
         if self.record is not None:
             self.record.append(routing, x.shape[:-1])
         x_NI = x_NI.to(self.a_ERI.dtype)
@@ -69,24 +72,33 @@ class RoutedLinear(WrappedLinear):
         return y + update_NO.view(y.shape).to(y.dtype)
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
-        """Each token's row of `prompt_bias_BE`; the tokens of one prompt lie together."""
-        if self.prompt_bias_BE is None:
-            if self.router.reads_prompts:
-                raise RouterError(
-                    "this router reads whole prompts, and was given none",
-                    expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",
-                    fix="call the RoutedModel, not the model inside it; generate_batch is for token-level routers",
-                )
-            return None
-        num_prompts = len(self.prompt_bias_BE)
-        if num_tokens % num_prompts:
+        """Each token's row of `prompt_bias_BE`."""
+        if self.prompt_bias_BE is None and self.router.reads_prompts:
             raise RouterError(
-                "the prompts do not fit the batch",
-                found=f"{num_prompts} prompts, {num_tokens} tokens",
-                expected="as many tokens for each prompt",
+                "this router reads whole prompts, and was given none",
+                expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",
+                fix="call the RoutedModel, not the model inside it; generate_batch is for token-level routers",
             )
-        # also right for beams, which lie beside each other
-        return self.prompt_bias_BE.repeat_interleave(num_tokens // num_prompts, dim=0)
+        return None if self.prompt_bias_BE is None else _rows(self.prompt_bias_BE, num_tokens)
+
+    def _mask(self, num_tokens: int) -> torch.Tensor | None:
+        """What the model masks, and each token's row of `prompt_mask_BE`."""
+        if self.prompt_mask_BE is None:
+            return self.mask_1E
+        mask_NE = _rows(self.prompt_mask_BE, num_tokens)
+        return mask_NE if self.mask_1E is None else mask_NE + self.mask_1E
+
+
+def _rows(prompts_BE: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Each token's prompt's row, (N, E); the tokens of one prompt lie together."""
+    if num_tokens % len(prompts_BE):
+        raise RouterError(
+            "the prompts do not fit the batch",
+            found=f"{len(prompts_BE)} prompts, {num_tokens} tokens",
+            expected="as many tokens for each prompt",
+        )
+    # also right for beams, which lie beside each other
+    return prompts_BE.repeat_interleave(num_tokens // len(prompts_BE), dim=0)
 
 
 class RoutedModel(nn.Module):
@@ -114,6 +126,7 @@ class RoutedModel(nn.Module):
         self.prompt_router = prompt_router
         self._tokenizer = tokenizer
         self._masked: frozenset[str] = frozenset()
+        self._prompt_masked: Sequence[Sequence[str]] = ()
         self._tracing = False
 
     @classmethod
@@ -209,43 +222,52 @@ class RoutedModel(nn.Module):
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        gone = frozenset(self.pool.entry(name).name for name in names)
-        if gone == set(self.pool.names):
-            raise RouterError(
-                "every expert is masked", found=", ".join(sorted(gone)), expected="at least one expert left"
-            )
         before = self._masked
-        self._mask(before | gone)
+        self._mask(before | self._known(names))
         try:
             yield
         finally:
             self._mask(before)
 
     @contextmanager
-    def prompts(self, prompt_ids: Sequence[Sequence[int]]) -> Iterator[None]:
+    def prompts(self, prompt_ids: Sequence[Sequence[int]], without: Sequence[Sequence[str]] = ()) -> Iterator[None]:
         """Say which prompt each row of the calls inside the `with` block belongs to.
 
-        Does nothing for routers that look at tokens alone. `model(...)` and
-        `model.generate(...)` take their own input as the prompt; this is for calls
-        whose input is more (a prompt and its answer) or less (a step with a cache).
+        For routers that read prompts: `model(...)` and `model.generate(...)` take
+        their own input as the prompt; this is for calls whose input is more (a
+        prompt and its answer) or less (a step with a cache).
 
         Args:
             prompt_ids: token ids of B prompts, without padding. A call has a
                 multiple of B rows: beams of one prompt lie beside each other.
+            without: for each prompt, the names of experts that are masked out of
+                the pool for it alone, beside those of `without(...)`; nothing for none.
+
+        Raises:
+            PoolError: no expert of that name.
+            RouterError: no expert is left.
         """
-        if self.prompt_router is None:
+        if self.prompt_router is None and not any(without):
             yield
             return
-        bias_BE = self.prompt_router.bias(self, prompt_ids)
         linears = self.routed_linears().values()
-        before = [linear.prompt_bias_BE for linear in linears]
+        before = [(linear.prompt_bias_BE, linear.prompt_mask_BE) for linear in linears]
+        masked = self._prompt_masked
         try:
-            for linear in linears:
-                linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
+            if any(without):
+                self._prompt_masked = without
+                mask_BE = self.mask_BE(len(prompt_ids))
+                for linear in linears:
+                    linear.prompt_mask_BE = mask_BE.to(linear.a_ERI.device)
+            if self.prompt_router is not None:
+                bias_BE = self.prompt_router.bias(self, prompt_ids)
+                for linear in linears:
+                    linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
             yield
         finally:
-            for linear, bias in zip(linears, before, strict=True):
-                linear.prompt_bias_BE = bias
+            self._prompt_masked = masked
+            for linear, (bias, mask) in zip(linears, before, strict=True):
+                linear.prompt_bias_BE, linear.prompt_mask_BE = bias, mask
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""
@@ -277,15 +299,32 @@ class RoutedModel(nn.Module):
             self._tokenizer = load_tokenizer(self.pool.base.name, self.pool.base.revision)
         return [str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in prompt_ids]
 
-    @property
-    def mask_E(self) -> torch.Tensor:
-        """-inf for the experts that `without` masks, 0 for the others; fp32 on the CPU."""
-        return torch.tensor([-torch.inf if name in self._masked else 0.0 for name in self.pool.names])
+    def mask_BE(self, num_prompts: int) -> torch.Tensor:
+        """-inf for the experts that are masked for each of B prompts, 0 for the others; fp32 on the CPU.
+
+        Raises:
+            PoolError, RouterError: see `prompts`.
+        """
+        rows = [self._known(names) for names in self._prompt_masked] or [frozenset()] * num_prompts
+        if len(rows) != num_prompts:
+            raise ValueError(f"{num_prompts} prompts, but experts to mask for {len(rows)}")
+        return torch.cat([self._mask_row(self._masked | row) for row in rows])
 
     def _mask(self, names: frozenset[str]) -> None:
+        mask_1E = self._mask_row(names)
         self._masked = names
         for linear in self.routed_linears().values():
-            linear.router.masked_E = self.mask_E.to(linear.a_ERI.device) if names else None
+            linear.mask_1E = mask_1E.to(linear.a_ERI.device) if names else None
+
+    def _known(self, names: Sequence[str]) -> frozenset[str]:
+        return frozenset(self.pool.entry(name).name for name in names)
+
+    def _mask_row(self, names: frozenset[str]) -> torch.Tensor:
+        if names >= set(self.pool.names):
+            raise RouterError(
+                "every expert is masked", found=", ".join(sorted(names)), expected="at least one expert left"
+            )
+        return torch.tensor([[-torch.inf if name in names else 0.0 for name in self.pool.names]])
 
     def __getattr__(self, name: str) -> Any:
         try:

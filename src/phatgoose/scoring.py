@@ -94,17 +94,21 @@ def score(
     )
 
 
-def target_losses(
-    model: Any, encoder: Encoder, pairs: Sequence[Pair], *, batch_tokens: int = 4096, on_batch: OnBatch | None = None
-) -> list[float]:
-    """Summed cross-entropy (nats) of each target after its prompt; see `target_scores`."""
-    scores = target_scores(model, encoder, pairs, batch_tokens=batch_tokens, on_batch=on_batch)
+def target_losses(model: Any, encoder: Encoder, pairs: Sequence[Pair], **options: Any) -> list[float]:
+    """Summed cross-entropy (nats) of each target after its prompt; see `target_scores` for the options."""
+    scores = target_scores(model, encoder, pairs, **options)
     return [score.loss for score in scores]
 
 
 @torch.no_grad()
 def target_scores(
-    model: Any, encoder: Encoder, pairs: Sequence[Pair], *, batch_tokens: int = 4096, on_batch: OnBatch | None = None
+    model: Any,
+    encoder: Encoder,
+    pairs: Sequence[Pair],
+    *,
+    batch_tokens: int = 4096,
+    on_batch: OnBatch | None = None,
+    without: Sequence[Sequence[str]] = (),
 ) -> list[TargetScore]:
     """Score each target after its prompt.
 
@@ -117,16 +121,18 @@ def target_scores(
         pairs: (prompt ids, target ids), neither empty.
         batch_tokens: positions of a batch, padding included; one pair at least.
         on_batch: called with the number of pairs of each finished batch.
+        without: for each pair, the experts that are masked for it (`RoutedModel.prompts`); nothing for none.
 
     Returns:
         One score a pair, in the order of `pairs`.
     """
     scores: dict[int, TargetScore] = {}
-    for batch in _batches(pairs, batch_tokens):
+    for batch in _batches(pairs, batch_tokens, without):
         prompts = [pairs[indices[0]][0] for indices in batch]
         targets = [pairs[i][1] for indices in batch for i in indices]
         labels_BT = pad(targets, IGNORED).to(model.device)
-        with routed_prompts(model, prompts):
+        masked = [without[indices[0]] for indices in batch] if without else ()
+        with routed_prompts(model, prompts, masked):
             logits = _encoder_decoder_logits if encoder.encoder_decoder else _decoder_logits
             logits_BTV = logits(model, encoder, prompts, targets)
         counts_BT = labels_BT != IGNORED
@@ -140,14 +146,18 @@ def target_scores(
     return [scores[i] for i in range(len(pairs))]
 
 
-def routed_prompts(model: Any, prompts: Sequence[Sequence[int]]) -> AbstractContextManager[None]:
+def routed_prompts(
+    model: Any, prompts: Sequence[Sequence[int]], without: Sequence[Sequence[str]] = ()
+) -> AbstractContextManager[None]:
     """`RoutedModel.prompts`, which a model without experts does not have."""
-    return model.prompts(prompts) if isinstance(model, RoutedModel) else nullcontext()
+    return model.prompts(prompts, without) if isinstance(model, RoutedModel) else nullcontext()
 
 
-def _batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[list[int]]]:
+def _batches(
+    pairs: Sequence[Pair], batch_tokens: int, without: Sequence[Sequence[str]] = ()
+) -> Iterator[list[list[int]]]:
     """Batches of prompts, each prompt as the numbers of its pairs: as many for every prompt of a batch."""
-    groups = sorted(_groups(pairs, batch_tokens), key=lambda group: (-len(group), -_length(pairs, group)))
+    groups = sorted(_groups(pairs, batch_tokens, without), key=lambda group: (-len(group), -_length(pairs, group)))
     batch: list[list[int]] = []
     for group in groups:
         num_targets = len(group)
@@ -160,11 +170,11 @@ def _batches(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[list[int
         yield batch
 
 
-def _groups(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of the pairs of each prompt, in parts that fit a batch."""
-    by_prompt: dict[tuple[int, ...], list[int]] = {}
+def _groups(pairs: Sequence[Pair], batch_tokens: int, without: Sequence[Sequence[str]]) -> Iterator[list[int]]:
+    """Numbers of the pairs of each prompt (and mask), in parts that fit a batch."""
+    by_prompt: dict[tuple[Any, ...], list[int]] = {}
     for i, (prompt, _) in enumerate(pairs):
-        by_prompt.setdefault(tuple(prompt), []).append(i)
+        by_prompt.setdefault((tuple(prompt), tuple(without[i]) if without else ()), []).append(i)
     for indices in by_prompt.values():
         fitting = max(1, batch_tokens // _length(pairs, indices))
         yield from (indices[start : start + fitting] for start in range(0, len(indices), fitting))

@@ -100,7 +100,6 @@ class Router(nn.Module, ABC):
     fixed_top_k: ClassVar[bool] = False
     reads_prompts: ClassVar[bool] = False
     absent_E: torch.Tensor
-    masked_E: torch.Tensor | None
 
     def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
         super().__init__()
@@ -109,7 +108,6 @@ class Router(nn.Module, ABC):
         # added to the scores: an expert that does not adapt this site is never chosen
         absent_E = torch.zeros(len(stack.present_E)).masked_fill(~stack.present_E.cpu(), float("-inf"))
         self.register_buffer("absent_E", absent_E, persistent=False)
-        self.register_buffer("masked_E", None, persistent=False)
 
     @classmethod
     def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter | None:
@@ -127,12 +125,16 @@ class Router(nn.Module, ABC):
             scores_NE, fp32; larger is better.
         """
 
-    def forward(self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None) -> Routing:
+    def forward(
+        self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None, mask_NE: torch.Tensor | None = None
+    ) -> Routing:
         """Choose experts for each token.
 
         Args:
             x_NI: see `scores`.
             bias_NE: added to the scores; what the tokens' prompts say.
+            mask_NE: -inf for the experts that a token may not have, 0 for the
+                others; shape (1, E) if it is the same for all.
 
         Returns:
             The routing. Where fewer experts can be chosen than the rule wants,
@@ -141,20 +143,25 @@ class Router(nn.Module, ABC):
         scores_NE = self.scores(x_NI) + self.absent_E
         if bias_NE is not None:
             scores_NE = scores_NE + bias_NE
-        if self.masked_E is not None:
-            scores_NE = scores_NE + self.masked_E
-        return self.choose(scores_NE)
+        if mask_NE is not None:
+            scores_NE = scores_NE + mask_NE
+        return self.choose(scores_NE, mask_NE)
 
-    def choose(self, scores_NE: torch.Tensor) -> Routing:
-        """Scores (-inf: not to be chosen) to routing: softmax over the best `top_k`."""
+    def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
+        """Scores (-inf: not to be chosen) to routing: softmax over the best `top_k`.
+
+        Args:
+            scores_NE: of all experts.
+            mask_NE: what of them is there because of a mask; see `forward`.
+        """
         top_NK, expert_ids_NK = torch.topk(scores_NE, self.top_k, dim=-1)
-        return Routing(self.weights(top_NK / self.temperature), expert_ids_NK)
+        weights_NK = self.weights(top_NK / self.temperature)
+        # only a mask can leave a token without any expert at all
+        return Routing(weights_NK if mask_NE is None else weights_NK.nan_to_num(0.0), expert_ids_NK)
 
     def weights(self, scores_NK: torch.Tensor) -> torch.Tensor:
-        """Softmax of the chosen scores. A row without any usable expert gets weights of 0."""
-        weights_NK = torch.softmax(scores_NK, dim=-1)
-        # only a mask can leave a token without any expert at all
-        return weights_NK if self.masked_E is None else weights_NK.nan_to_num(0.0)
+        """Softmax of the chosen scores. A row without any usable expert gets weights of 0, or NaN."""
+        return torch.softmax(scores_NK, dim=-1)
 
 
 def router_class(name: str) -> type[Router]:

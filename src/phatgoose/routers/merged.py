@@ -21,10 +21,10 @@ from phatgoose.routers.uniform import Uniform
 class Merged(Uniform):
     """The average of the outer products: weight 1/E for every expert."""
 
-    def choose(self, scores_NE: torch.Tensor) -> Routing:
+    def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
         """See `Router.choose`."""
-        masked = 0 if self.masked_E is None else self.masked_E.isinf().sum()
-        weights_NE = (scores_NE > float("-inf")).float() / (scores_NE.shape[1] - masked)
+        masked_N1 = 0 if mask_NE is None else mask_NE.isinf().sum(dim=1, keepdim=True)
+        weights_NE = (scores_NE > float("-inf")).float() / (scores_NE.shape[1] - masked_N1)
         return super().choose(scores_NE)._replace(weights_NK=weights_NE.nan_to_num(0.0, posinf=0.0))
 
 

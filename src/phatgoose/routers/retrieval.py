@@ -37,7 +37,7 @@ class Retrieval(Uniform):
         """See `Router.for_prompts`."""
         return NearestExample(experts)
 
-    def choose(self, scores_NE: torch.Tensor) -> Routing:
+    def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
         """See `Router.choose`: the one expert that its prompt allows."""
         best_N1, expert_ids_N1 = scores_NE.max(dim=-1, keepdim=True)
         return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)
@@ -54,5 +54,5 @@ class NearestExample(PromptRouter):
         """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
         nearest_BE = torch.stack([(prompts_BD @ examples_MD.T).amax(dim=1) for examples_MD in self.examples], dim=1)
-        owners_B1 = (nearest_BE + model.mask_E).argmax(dim=1, keepdim=True)
+        owners_B1 = (nearest_BE + model.mask_BE(len(prompt_ids))).argmax(dim=1, keepdim=True)
         return torch.full_like(nearest_BE, -torch.inf).scatter(1, owners_B1, 0.0)

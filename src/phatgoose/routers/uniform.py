@@ -19,7 +19,7 @@ class Uniform(Router):
         """All equal."""
         return torch.zeros(len(x_NI), len(self.absent_E), device=x_NI.device)
 
-    def choose(self, scores_NE: torch.Tensor) -> Routing:
+    def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
         """See `Router.choose`."""
         usable_NE = (scores_NE > float("-inf")).float()
         weights_NE = usable_NE / usable_NE.sum(dim=-1, keepdim=True).clamp(min=1)
