@@ -34,11 +34,15 @@ class Lag(Router):
         """Arrow's scores: what candidates are chosen by."""
         return self.arrow.scores(x_NI)
 
-    def forward(self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None) -> Routing:
-        """See `Router.forward`."""
+    def final_scores(self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None) -> torch.Tensor:
+        """See `Router.final_scores`: SpectR's scores of the candidates, -inf for the others."""
         allowed_E = self.absent_E if self.masked_E is None else self.absent_E + self.masked_E
         arrow_NE = self.scores(x_NI) + allowed_E
         candidates_NK = torch.topk(arrow_NE, self.filter_k, dim=-1).indices
         filter_NE = torch.full_like(arrow_NE, -torch.inf).scatter(1, candidates_NK, 0.0)
-        best_N1, expert_ids_N1 = (self.spectr.scores(x_NI) + filter_NE + allowed_E).max(dim=-1, keepdim=True)
+        return self.spectr.scores(x_NI) + filter_NE + allowed_E
+
+    def choose(self, scores_NE: torch.Tensor) -> Routing:
+        """See `Router.choose`: the best candidate alone."""
+        best_N1, expert_ids_N1 = scores_NE.max(dim=-1, keepdim=True)
         return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)
