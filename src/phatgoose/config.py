@@ -145,6 +145,27 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecordingConfig:
+    """How much routing is recorded.
+
+    Attributes:
+        limit: rows of each task, a seeded sample.
+        batch_tokens: positions of a batch, padding included; changes nothing but rounding.
+        seed: of what a router draws; it also tells repetitions (pools of other training seeds) apart.
+    """
+
+    limit: int = 50
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("limit", "batch_tokens"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_seed(self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, then a constant rate (paper section 4.1).
 

@@ -11,7 +11,7 @@
     ├── DataError         training or evaluation data
     ├── SuiteError        a suite or task that does not exist or cannot be evaluated
     ├── CheckpointError   an official PHATGOOSE checkpoint that cannot be imported
-    ├── ResultsError      a folder of evaluation results
+    ├── ResultsError      a folder of evaluation results, or of recorded routing
     └── HubError          pushing to or pulling from a hub
 
 Each says what it is about, what was found, what was expected and the command
@@ -87,7 +87,7 @@ class CheckpointError(PhatgooseError):
 
 
 class ResultsError(PhatgooseError):
-    """A folder of evaluation results that is damaged, mixed or of another pool."""
+    """A folder of evaluation results, or of recorded routing, that is damaged, mixed or of another pool."""
 
 
 class HubError(PhatgooseError):

@@ -5,7 +5,7 @@ Axes: N tokens, I in-features, O out-features, R rank, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -22,7 +22,7 @@ from phatgoose.pool import Pool
 from phatgoose.routers import PromptRouter, Router, check_pool
 from phatgoose.sites import check_sites
 from phatgoose.stack import SiteStack, stack_sites
-from phatgoose.trace import RoutingRecord, Trace
+from phatgoose.trace import RoutingRecord, ScoresRecord, Trace
 from phatgoose.wrapped import WrappedLinear
 
 
@@ -48,7 +48,7 @@ class RoutedLinear(WrappedLinear):
         super().__init__(base)
         self.router = router
         self.backend = backend
-        self.record: RoutingRecord | None = None
+        self.record: RoutingRecord | ScoresRecord | None = None
         self.prompt_bias_BE: torch.Tensor | None = None
         self.prompt_mask_BE: torch.Tensor | None = None
         self.mask_1E: torch.Tensor | None = None
@@ -59,9 +59,15 @@ class RoutedLinear(WrappedLinear):
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
         y: torch.Tensor = self.base(x)
         x_NI = x.reshape(-1, x.shape[-1])
-        routing = self.router(x_NI, self._bias(len(x_NI)), self._mask(len(x_NI)))
-        if self.record is not None:
-            self.record.append(routing, x.shape[:-1])
+        bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
+        if isinstance(self.record, ScoresRecord):
+            scores_NE = self.router.final_scores(x_NI, bias_NE, mask_NE)
+            routing = self.router.choose(scores_NE, mask_NE)
+            self.record.append_scores(scores_NE, routing, x.shape[:-1])
+        else:
+            routing = self.router(x_NI, bias_NE, mask_NE)
+            if self.record is not None:
+                self.record.append(routing, x.shape[:-1])
         x_NI = x_NI.to(self.a_ERI.dtype)
         if self.router.mixing == "parameters":
             update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
@@ -200,15 +206,28 @@ class RoutedModel(nn.Module):
         Raises:
             RuntimeError: another trace is being recorded.
         """
+        trace = Trace(self.pool.names, list(self.routed_linears()))
+        with self.recording(trace.records):
+            yield trace
+
+    @contextmanager
+    def recording(self, records: Mapping[str, RoutingRecord | ScoresRecord]) -> Iterator[None]:
+        """Report every call of a site inside the `with` block to its record.
+
+        Args:
+            records: by site, one for each.
+
+        Raises:
+            RuntimeError: the routing is being recorded already.
+        """
         if self._tracing:
             raise RuntimeError("traces do not nest")
         linears = self.routed_linears()
-        trace = Trace(self.pool.names, list(linears))
         self._tracing = True
         try:
             for site, linear in linears.items():
-                linear.record = trace.records[site]
-            yield trace
+                linear.record = records[site]
+            yield
         finally:
             self._tracing = False
             for linear in linears.values():

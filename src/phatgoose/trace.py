@@ -1,10 +1,11 @@
 """A trace: who carried each token, at each site.
 
-Axes: B sequences, S positions, K chosen experts, E experts.
+Axes: B sequences, S positions, K chosen experts, E experts, N tokens.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -25,6 +26,20 @@ class RoutingRecord(Protocol):
 
     def append(self, routing: Routing, leading_shape: torch.Size) -> None:
         """Take one call's routing; `leading_shape` is the activation's shape without its last axis."""
+
+
+class ScoresRecord(ABC):
+    """A record that also wants what the choice was made from."""
+
+    @abstractmethod
+    def append_scores(self, scores_NE: torch.Tensor, routing: Routing, leading_shape: torch.Size) -> None:
+        """Take one call.
+
+        Args:
+            scores_NE: see `Router.final_scores`.
+            routing: that the router chose from them.
+            leading_shape: the activation's shape without its last axis.
+        """
 
 
 class SiteRecord:

@@ -1,5 +1,5 @@
 """The command line: phatgoose train | gate | train-many | activations | embeddings | pool | generate | route | eval
-| lm-eval | compare | demo.
+| lm-eval | compare | record | analyse | demo.
 
 This module imports nothing heavy; each command imports what it needs when it
 runs, so that --help answers at once.
@@ -16,6 +16,7 @@ from typing import NoReturn
 import typer
 
 from phatgoose import __version__
+from phatgoose.cli.analysing import record
 from phatgoose.cli.comparing import compare
 from phatgoose.cli.evaluating import evaluate, lm_eval
 from phatgoose.cli.pools import pool_app
@@ -52,6 +53,7 @@ app.command("eval")(evaluate)
 _AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 app.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
 app.command()(compare)
+app.command()(record)
 app.command()(demo)
 
 

@@ -51,7 +51,7 @@ def evaluate(
         raise ConfigError("limit must be at least 1", found=str(limit), expected="1 or more, or none")
     config, text = EvaluationConfig(batch_tokens=batch_tokens), TextConfig(separator=separator)
     seeds = _seeds(seed)
-    _need_lm_eval()
+    need_lm_eval()
 
     from phatgoose.base import load_base, load_tokenizer, placement
     from phatgoose.checks import check_base_name
@@ -63,11 +63,11 @@ def evaluate(
 
     opened = Pool.open(pool)
     name = check_base_name(pool, opened.base, base)
-    methods = parse_methods(_split(router), opened, top_k)
+    methods = parse_methods(split(router), opened, top_k)
     results = ResultsFolder(out, opened.fingerprint)
     # its warnings are about settings that this command makes
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = load_tasks(_split(suite), opened, data=data, names=_split(task or ""), limit=limit)
+    tasks = load_tasks(split(suite), opened, data=data, names=split(task or ""), limit=limit)
 
     from phatgoose.evaluation import evaluate, plan, with_data
 
@@ -93,7 +93,7 @@ def lm_eval(context: typer.Context) -> None:
     It then knows pools (--model phatgoose --model_args pool=P,router=phatgoose,top_k=2) and, by --include_path, the
     suites (--tasks t0ho,bbh,bbl --metadata data=DIR).
     """
-    _need_lm_eval()
+    need_lm_eval()
 
     from lm_eval.__main__ import cli_evaluate
 
@@ -107,19 +107,21 @@ def lm_eval(context: typer.Context) -> None:
     cli_evaluate()
 
 
-def _need_lm_eval() -> None:
+def need_lm_eval() -> None:
+    """Raise ConfigError if lm-eval, which suites are made of, is not installed."""
     from importlib.util import find_spec
 
     if find_spec("lm_eval") is None:
-        raise ConfigError("evaluation needs lm-eval", fix="pip install 'phatgoose[eval]'")
+        raise ConfigError("tasks of suites need lm-eval", fix="pip install 'phatgoose[eval]'")
 
 
-def _split(text: str) -> list[str]:
+def split(text: str) -> list[str]:
+    """Parts of a text with commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _seeds(text: str) -> list[int]:
-    parts = _split(text)
+    parts = split(text)
     if not parts or not all(part.isdecimal() and int(part) < SEEDS for part in parts):
         raise ConfigError(
             f"seeds are whole numbers up to {SEEDS - 1}, separated by commas",

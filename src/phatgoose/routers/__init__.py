@@ -140,12 +140,25 @@ class Router(nn.Module, ABC):
             The routing. Where fewer experts can be chosen than the rule wants,
             the rest of the row has weight 0.
         """
+        return self.choose(self.final_scores(x_NI, bias_NE, mask_NE), mask_NE)
+
+    def final_scores(
+        self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None, mask_NE: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """What `choose` chooses from: `scores` with all that is added to them.
+
+        Args:
+            x_NI, bias_NE, mask_NE: see `forward`.
+
+        Returns:
+            scores_NE, fp32; -inf for experts that cannot be chosen.
+        """
         scores_NE = self.scores(x_NI) + self.absent_E
         if bias_NE is not None:
             scores_NE = scores_NE + bias_NE
         if mask_NE is not None:
             scores_NE = scores_NE + mask_NE
-        return self.choose(scores_NE, mask_NE)
+        return scores_NE
 
     def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
         """Scores (-inf: not to be chosen) to routing: softmax over the best `top_k`.

@@ -34,13 +34,17 @@ class Lag(Router):
         """Arrow's scores: what candidates are chosen by."""
         return self.arrow.scores(x_NI)
 
-    def forward(
+    def final_scores(
         self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None, mask_NE: torch.Tensor | None = None
-    ) -> Routing:
-        """See `Router.forward`."""
+    ) -> torch.Tensor:
+        """See `Router.final_scores`: SpectR's scores of the candidates, -inf for the others."""
         allowed_NE = self.absent_E if mask_NE is None else self.absent_E + mask_NE
         arrow_NE = self.scores(x_NI) + allowed_NE
         candidates_NK = torch.topk(arrow_NE, self.filter_k, dim=-1).indices
         filter_NE = torch.full_like(arrow_NE, -torch.inf).scatter(1, candidates_NK, 0.0)
-        best_N1, expert_ids_N1 = (self.spectr.scores(x_NI) + filter_NE + allowed_NE).max(dim=-1, keepdim=True)
+        return self.spectr.scores(x_NI) + filter_NE + allowed_NE
+
+    def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
+        """See `Router.choose`: the best candidate alone."""
+        best_N1, expert_ids_N1 = scores_NE.max(dim=-1, keepdim=True)
         return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)

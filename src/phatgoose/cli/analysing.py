@@ -1,0 +1,108 @@
+"""phatgoose record."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from phatgoose.config import Dtype, RecordingConfig, RouterConfig, TextConfig
+from phatgoose.errors import ConfigError
+
+
+def record(
+    pool: Annotated[Path, typer.Argument(help="The pool's folder.")],
+    suite: Annotated[str, typer.Option(help="Separated by commas: t0ho, bbh, bbl, held-in, leave-one-out.")],
+    out: Annotated[Path, typer.Option(help="Recording folder; finished tasks are added to it, and not done again.")],
+    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files; the hub if not given.")] = None,
+    router: Annotated[
+        str, typer.Option(help="The router, with options if you like ('phatgoose top_k=1').")
+    ] = RouterConfig.router,
+    task: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
+    limit: Annotated[int, typer.Option(help="Rows of each task: a seeded sample.")] = RecordingConfig.limit,
+    seed: Annotated[
+        int, typer.Option(help="Of what the router draws; give each training seed's pool another one.")
+    ] = RecordingConfig.seed,
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Go on without tasks that have no data.")
+    ] = False,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Positions of a batch, padding included.")
+    ] = RecordingConfig.batch_tokens,
+    separator: Annotated[
+        str, typer.Option(help="Text between input and target (decoder-only models), as in training.")
+    ] = TextConfig.separator,
+    base: Annotated[str | None, typer.Option(help="Base model; the one that the pool names if not given.")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="bf16 on a GPU and fp32 on a CPU if not given.")] = None,
+    device: Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')] = None,
+) -> None:
+    """Record where a router sends the tokens of tasks, for phatgoose analyse.
+
+    A run that was killed goes on with the first task that it did not finish when the same command is given again.
+    """
+    from phatgoose.cli.evaluating import need_lm_eval, split
+
+    config, text = RecordingConfig(limit=limit, batch_tokens=batch_tokens, seed=seed), TextConfig(separator=separator)
+    need_lm_eval()
+
+    from importlib.metadata import version
+
+    from tqdm.auto import tqdm
+    from transformers import set_seed
+
+    from phatgoose.base import load_base, load_tokenizer, placement
+    from phatgoose.checks import check_base_name
+    from phatgoose.data import Encoder
+    from phatgoose.evaluation import PACKAGES, with_data
+    from phatgoose.methods import parse_methods
+    from phatgoose.pool import Pool
+    from phatgoose.recorder import record_task
+    from phatgoose.recording import RecordingFolder, RecordingHeader
+    from phatgoose.routed import RoutedModel
+    from phatgoose.suites import load_tasks
+
+    opened = Pool.open(pool)
+    name = check_base_name(pool, opened.base, base)
+    methods = parse_methods([router], opened)
+    method = methods[0]
+    if method.router is None or method.router.expert is not None:
+        raise ConfigError(f"{router!r} routes nothing", expected="a router over the whole pool")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = load_tasks(split(suite), opened, data=data, names=split(task or ""), limit=limit)
+    tasks, missing = with_data(tasks)
+    if missing and not (skip_missing and tasks):
+        raise missing[0]
+    for error in missing:
+        typer.echo(f"left out: {error.what} ({error.found})", err=True)
+    dtype, device = placement(dtype, device)
+    set_seed(config.seed)
+    loaded = load_base(name, opened.base.revision, dtype=dtype, device=device)
+    tokenizer = load_tokenizer(name, opened.base.revision)
+    model = RoutedModel.from_pool(loaded, opened, tokenizer=tokenizer, **asdict(method.router))
+    encoder = Encoder(tokenizer, loaded.config, text)
+    header = RecordingHeader(
+        method=method.name,
+        router=method.settings,
+        pool=opened.fingerprint,
+        pool_name=opened.folder.resolve().name,
+        base=name,
+        dtype=dtype,
+        encoder_decoder=encoder.encoder_decoder,
+        text=asdict(text),
+        limit=config.limit,
+        seed=config.seed,
+        experts=tuple(opened.names),
+        sites=tuple(model.routed_linears()),
+        versions={package: version(package) for package in PACKAGES},
+    )
+    recording = RecordingFolder(out, header)
+    pending = [one for one in tasks if not recording.has(one.suite, one.name, one.fingerprint)]
+    typer.echo(f"{len(tasks)} tasks, {len(tasks) - len(pending)} of them there already", err=True)
+    with recording.writing(), tqdm(pending, unit="task") as bar:
+        for one in bar:
+            bar.set_description(f"{method.name} on {one.task_name}")
+            recording.add(record_task(model, encoder, one, batch_tokens=config.batch_tokens))
+    typer.echo(f"recording: {out}\nnext: phatgoose analyse {out} --out FOLDER")
