@@ -74,6 +74,8 @@ SETTINGS = (
     "glider global_scale=100", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4", "phatgoose top_k=8",
     "phatgoose temperature=0.5", "phatgoose temperature=2", "phatgoose-prior prior_strength=1",
 )  # fmt: skip
+# longer targets are summaries, of which 128 tokens are written in evaluation; they would fill a GPU's memory
+TEXT = TextConfig(max_target_tokens=128)
 # rows of each task: a seeded sample, the same for every method and seed
 ROWS = {"t0ho": 200, "bbh": 150, HELD_IN: 60, LEAVE_ONE_OUT: 60}
 
@@ -123,15 +125,16 @@ def main() -> None:
     parser.add_argument("--routers", nargs="+", help="instead of all methods: these, on all suites")
     parser.add_argument("--rows", type=int, help="of each task, at most")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=210)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--gate-steps", type=int, default=GateConfig.steps)
     # a tenth of the paper's rate: its batch is 32 times as large (docs/training.md)
     parser.add_argument("--gate-learning-rate", type=float, default=5e-4)
-    parser.add_argument("--multitask-steps", type=int, default=800)
+    parser.add_argument("--multitask-steps", type=int, default=600)
     parser.add_argument("--multitask-batch-size", type=int, default=64)
-    parser.add_argument("--experts-at-once", type=int, default=9)
+    parser.add_argument("--prototype-examples", type=int, default=1000, help="of each dataset, as in the paper")
+    parser.add_argument("--experts-at-once", type=int, default=6)
     parser.add_argument("--compile", action="store_true", help="faster on a GPU")
     parser.add_argument("--batch-tokens", type=int, default=131072, help="of a batch in evaluation")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
@@ -165,13 +168,11 @@ def train(args: argparse.Namespace, seed: int) -> None:
         rank=args.rank, steps=args.steps, learning_rate=args.learning_rate, batch_size=args.batch_size,
         save_steps=max(1, args.steps // 3), **common,
     )  # fmt: skip
-    # 32 rows a step, of which half lie on the device at a time, as of the adapters
     gates = GateConfig(
-        steps=args.gate_steps, learning_rate=args.gate_learning_rate, batch_size=args.batch_size, accumulation=2,
-        **common,
-    )  # fmt: skip
+        steps=args.gate_steps, learning_rate=args.gate_learning_rate, batch_size=args.batch_size, **common
+    )
     batching = BatchingConfig(experts_at_once=args.experts_at_once, compile=args.compile)
-    options = {"batching": batching, "save_dtype": "bf16"}
+    options = {"text": TEXT, "batching": batching, "save_dtype": "bf16"}
     with timed(args, seed, "adapters"):
         train_adapters(model, tokenizer, jobs, config=lora, **options)
     with timed(args, seed, "gates"):
@@ -190,10 +191,18 @@ def train(args: argparse.Namespace, seed: int) -> None:
             expert = Expert(job.folder)
             if not expert.brings("activations"):
                 save_mean_activations(
-                    model, tokenizer, expert, job.examples, seed=seed, batch_size=64, save_dtype="bf16"
+                    model,
+                    tokenizer,
+                    expert,
+                    job.examples,
+                    text=TEXT,
+                    num_examples=args.prototype_examples,
+                    seed=seed,
+                    batch_size=64,
+                    save_dtype="bf16",
                 )
             if not expert.brings("embeddings"):
-                save_example_embeddings(expert, job.examples, seed=seed)
+                save_example_embeddings(expert, job.examples, num_examples=args.prototype_examples, seed=seed)
     path = folder / "pool"
     pool = Pool.open(path) if (path / "pool.json").is_file() else Pool.create(path, args.base)
     for job in jobs:
@@ -221,7 +230,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
     pool = Pool.open(folder / "pool")
     dtype, device = placement(args.dtype, None)
     model = load_base(args.base, dtype=dtype, device=device)
-    encoder = Encoder(load_tokenizer(args.base), model.config, TextConfig())
+    encoder = Encoder(load_tokenizer(args.base), model.config, TEXT)
     # its warnings are about settings that are made here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # a method is one chunk, because a batch is only full when there is enough to fill it
@@ -252,7 +261,7 @@ def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, poo
         limit = ROWS[suite] if args.rows is None else args.rows
         tasks, _ = with_data(load_tasks([suite], pool, data=args.data, limit=limit))
         tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
-        cells += plan(tasks, methods, [seed], base=args.base, dtype=args.dtype, limit=limit, text=TextConfig())
+        cells += plan(tasks, methods, [seed], base=args.base, dtype=args.dtype, limit=limit, text=TEXT)
     return [cell for cell in cells if results.find(cell.key) is None]
 
 

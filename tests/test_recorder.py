@@ -65,7 +65,7 @@ def slowly(model: RoutedModel, encoder: Encoder, task: HeldInTask) -> dict[str, 
         found: dict[str, list[Any]] = {"weights": [], "all": [], "chosen": []}
         for site, linear in linears.items():
             x_SI = caught[site]
-            scores_SE = linear.router.final_scores(x_SI)  # of Lag, the two rules together
+            scores_SE = linear.router.final_scores(x_SI, None, linear.mask_1E)  # of Lag, the two rules together
             if type(linear.router).__name__ != "Lag":
                 scores_SE = linear.router.scores(x_SI) + linear.router.absent_E + model.mask_BE(1)
             if biases[site] is not None:
