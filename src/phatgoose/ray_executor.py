@@ -179,7 +179,7 @@ def _connected(ray: Any, address: str | None) -> Iterator[None]:
     options = {"include_dashboard": False} if address == "local" else {}
     try:
         ray.init(address=address, log_to_driver=False, logging_level="error", **options)
-    except (ConnectionError, TimeoutError, RuntimeError, ValueError) as error:
+    except (ConnectionError, TimeoutError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise _cannot_use(address, error) from error
     try:
         yield
@@ -208,7 +208,7 @@ def _cannot_use(address: str, error: Exception) -> ClusterError:
 
 def _run(ray: Any, tasks: dict[str, GroupTask], cluster: RayConfig, progress: bool) -> list[Exception]:
     """Run all tasks; returns what went wrong."""
-    options = task_resources(ray.nodes(), cluster, next(iter(tasks.values())).device)
+    options: dict[str, Any] = {**task_resources(ray.nodes(), cluster, next(iter(tasks.values())).device)}
     options |= {"max_retries": cluster.max_retries, "retry_exceptions": False, "scheduling_strategy": "SPREAD"}
     # a process that ends gives its GPU's memory back
     remote = ray.remote(max_calls=1 if options["num_gpus"] else 0)(run_group).options(**options)
@@ -255,7 +255,17 @@ def _outcome(ray: Any, done: Any, label: str, cluster: RayConfig) -> tuple[Excep
     try:
         outcome: Outcome = ray.get(done)
         return outcome.error, outcome.host
-    except ray.exceptions.RayTaskError as error:  # no user error: a full disk, or a bug of ours
+    except ray.exceptions.RayTaskError as error:
+        missing = getattr(error.cause, "client_exc", error.cause)
+        if isinstance(missing, ImportError):
+            lacking = ClusterError(
+                "a machine of the cluster lacks a package",
+                found=str(missing),
+                expected=f"phatgoose {__version__}, with what it needs, on all machines",
+                fix="pip install 'phatgoose[ray]' where `ray start` was given, and start Ray there again",
+            )
+            return lacking, "another machine"
+        # a full disk, or a bug of ours
         cause = error.cause if isinstance(error.cause, Exception) else error
         cause.__cause__ = None if cause is error else error  # whose text has the worker's traceback
         return cause, "another machine"
