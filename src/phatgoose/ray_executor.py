@@ -201,7 +201,7 @@ def _cannot_use(address: str, error: Exception) -> ClusterError:
     return ClusterError(
         f"cannot use the Ray cluster at {address!r}",
         found=(str(error).splitlines() or [type(error).__name__])[0],
-        expected="the address that `ray start --head` printed, and the same Ray and Python on all machines",
+        expected="what `ray start --head` printed; the same Ray, Python and RAY_AUTH_MODE on all machines",
         fix="ray start --address ADDRESS on this machine, which must be one of the cluster's",
     )
 
