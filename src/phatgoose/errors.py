@@ -12,6 +12,7 @@
     ├── SuiteError        a suite or task that does not exist or cannot be evaluated
     ├── CheckpointError   an official PHATGOOSE checkpoint that cannot be imported
     ├── ResultsError      a folder of evaluation results, or of recorded routing
+    ├── ClusterError      a Ray cluster that cannot be used, or that lost a job too often
     └── HubError          pushing to or pulling from a hub
 
 Each says what it is about, what was found, what was expected and the command
@@ -88,6 +89,10 @@ class CheckpointError(PhatgooseError):
 
 class ResultsError(PhatgooseError):
     """A folder of evaluation results, or of recorded routing, that is damaged, mixed or of another pool."""
+
+
+class ClusterError(PhatgooseError):
+    """A Ray cluster that cannot be used, or that lost a job too often."""
 
 
 class HubError(PhatgooseError):

@@ -9,6 +9,7 @@ Axes: E experts, P numbers of each expert.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from phatgoose.errors import ConfigError
 from phatgoose.expert_matrix import ExpertMatrix
 from phatgoose.files import replacing
 from phatgoose.trainer import goes_on
+
+CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 class GroupTrainer:
@@ -91,6 +94,7 @@ class GroupTrainer:
             its best checkpoint, for the others the last one.
         """
         hidden = self._progress is None
+        self._log("goes on from" if self._step else "begins at")
         with tqdm(total=self.config.steps, initial=self._step, desc=self._progress, disable=hidden, unit="step") as bar:
             for batches in self.data.steps(self._step):
                 losses_E = self.step(batches)
@@ -102,6 +106,7 @@ class GroupTrainer:
                     self._keep_best(self.evaluate())
                 if due.should_save:
                     self._save()
+        self._log("ended at")
         is_best_E1 = torch.isfinite(self._best_losses_E).unsqueeze(1)
         return torch.where(is_best_E1, self._best_EP, self.matrix.master_EP.detach())
 
@@ -117,6 +122,9 @@ class GroupTrainer:
         self.matrix.finish_step()
         self._step += 1
         return losses_E
+
+    def _log(self, verb: str) -> None:
+        logging.getLogger(__name__).info("%s %s step %d of %d", self.work.name, verb, self._step, self.config.steps)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
         """Add a batch's gradients; returns each expert's share of its step's loss, shape (E,)."""
@@ -200,7 +208,7 @@ class GroupTrainer:
 
     @property
     def _checkpoint(self) -> Path:
-        return self.work / "checkpoint.safetensors"
+        return self.work / CHECKPOINT_FILE
 
 
 @contextmanager

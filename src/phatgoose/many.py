@@ -37,7 +37,7 @@ from phatgoose.sites import check_sites
 from phatgoose.stack import stack_sites
 from phatgoose.train import describe, diverged, gate_provenance, gate_save_steps
 from phatgoose.trainer import make_trainer
-from phatgoose.training_groups import TrainingJob, check_names, training_groups
+from phatgoose.training_groups import TrainingJob, check_names, group_label, training_groups
 
 
 def train_adapters(
@@ -75,7 +75,7 @@ def train_adapters(
         BaseModelError: the base model cannot train many at once.
     """
     config, text = config or AdapterTrainingConfig(), text or TextConfig()
-    finished = [job.folder.exists() and bool(Expert(job.folder)) for job in jobs]
+    finished = [has_adapter(job) for job in jobs]
     run = _Run(model, tokenizer, config, text, batching or BatchingConfig(), config.save_steps, ".training", progress)
     lost: list[TrainingJob] = []
     for group, label in run.groups(jobs, finished):
@@ -134,7 +134,7 @@ def train_gates(
     config, text = config or GateConfig(), text or TextConfig()
     experts = {job.name: Expert(job.folder) for job in jobs}
     check_sites(model, experts.values())
-    finished = [_has_own_gate(experts[job.name]) for job in jobs]
+    finished = [has_own_gate(experts[job.name]) for job in jobs]
     run = _Run(
         model, tokenizer, config, text, batching or BatchingConfig(), gate_save_steps(config), ".gating", progress
     )
@@ -152,7 +152,7 @@ def train_gates(
         for e, (job, expert) in enumerate(zip(group, chosen, strict=True)):
             if not torch.isfinite(kept_EP[e]).all():
                 lost.append(job)
-            elif not _has_own_gate(expert):
+            elif not has_own_gate(expert):
                 vectors = {site: tensors[site][e] for site in expert.shapes}
                 provenance = gate_provenance(model, described[job.name]["data"], hashes[job.name], config, text)
                 save_gate(job.folder, vectors, provenance, DTYPES[save_dtype])
@@ -197,7 +197,7 @@ class _Run:
         """The groups that are still to be trained, and how a progress bar calls them."""
         check_names(jobs)
         groups = training_groups(jobs, finished, self.encoder, self.batching.experts_at_once, self.suffix)
-        return [(group, f"{i} of {len(groups)}: {_listed(group)}") for i, group in enumerate(groups, start=1)]
+        return [(group, group_label(group, i, len(groups))) for i, group in enumerate(groups, start=1)]
 
     def train(
         self,
@@ -245,11 +245,6 @@ def _sources(job: TrainingJob) -> dict[str, Any]:
     }
 
 
-def _listed(group: Sequence[TrainingJob]) -> str:
-    names = [job.name for job in group]
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
-
-
 def _adapter_layers(layers: Mapping[str, Any], matrix: ExpertMatrix) -> dict[str, BatchedLora]:
     """A trainable layer in the place of each of PEFT's."""
     return {
@@ -279,7 +274,16 @@ def _gated_layers(
     }
 
 
-def _has_own_gate(expert: Expert) -> bool:
+def has_adapter(job: TrainingJob) -> bool:
+    """Whether a job's adapter is finished.
+
+    Raises:
+        AdapterError: something else lies in its folder.
+    """
+    return job.folder.exists() and bool(Expert(job.folder))
+
+
+def has_own_gate(expert: Expert) -> bool:
     """Whether a gate lies there that was trained for the expert's adapter."""
     try:
         return expert.has_gate and bool(expert.load_gate())

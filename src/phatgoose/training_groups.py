@@ -115,6 +115,18 @@ def training_groups(
     return groups + [rest[start:end] for start, end in pairwise(bounds)]
 
 
+def group_label(group: Sequence[TrainingJob], number: int, total: int) -> str:
+    """How progress calls a group, the `number`th of `total`."""
+    names = [job.name for job in group]
+    listed = ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "")
+    return f"{number} of {total}: {listed}"
+
+
+def is_interrupted(group: Sequence[TrainingJob], suffix: str) -> bool:
+    """Whether a run of a group, which its first expert leads, was begun and is not finished."""
+    return (group[0].work(suffix) / RUN_FILE).is_file()
+
+
 def _sweep(jobs: Sequence[TrainingJob], finished: Sequence[bool], suffix: str) -> None:
     """Delete what a run that was killed at its very end has left."""
     done = {job.name for job, is_finished in zip(jobs, finished, strict=True) if is_finished}

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from phatgoose.cli.experts import base_of, open_expert, writable
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, Dtype, GateConfig, TextConfig
+from phatgoose.errors import ConfigError
+from phatgoose.ray_config import RayConfig
 
 Lora, Gate, Text, Batching = AdapterTrainingConfig, GateConfig, TextConfig, BatchingConfig
 
@@ -183,6 +185,16 @@ def train_many(
     max_input_tokens: MaxInput = Text.max_input_tokens,
     max_target_tokens: MaxTarget = Text.max_target_tokens,
     device: Device = None,
+    executor: Annotated[
+        Literal["local", "ray"], typer.Option(help="Train in this process, or on the machines of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        str | None, typer.Option(help="Of a running cluster; $RAY_ADDRESS, or one of this machine alone if not given.")
+    ] = None,
+    ray_gpus: Annotated[
+        float | None, typer.Option(help="Share of a GPU for each group of experts; 1 if the cluster has GPUs.")
+    ] = None,
+    ray_cpus: Annotated[float, typer.Option(help="CPU cores for each group of experts.")] = RayConfig.num_cpus,
 ) -> None:
     """Train an adapter, and then its gate, for each of many data files, several experts over one forward pass.
 
@@ -200,15 +212,28 @@ def train_many(
     )  # fmt: skip
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
     batching = Batching(experts_at_once=experts_at_once, length_multiple=length_multiple, compile=compile)
+    cluster = RayConfig(address=ray_address, num_gpus=ray_gpus, num_cpus=ray_cpus)
+    if executor == "local" and cluster != RayConfig():
+        raise ConfigError("options of a Ray cluster, but no cluster", found="--executor local", fix="--executor ray")
 
-    from phatgoose.base import load_base, load_tokenizer
-    from phatgoose.many import train_adapters, train_gates
-    from phatgoose.training_groups import read_jobs
+    if executor == "ray":
+        from phatgoose.ray_executor import train_on_ray
 
-    jobs = read_jobs(data, out, split, validation_split)
-    model = load_base(base, revision, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(base, revision)
-    train_adapters(model, tokenizer, jobs, config=lora_config, text=text, batching=batching, save_dtype=save_dtype)
-    if gates:
-        train_gates(model, tokenizer, jobs, config=gate_config, text=text, batching=batching, save_dtype=save_dtype)
-    typer.echo("\n".join(f"expert: {job.folder}" for job in jobs))
+        folders = train_on_ray(
+            data, out, base, revision, config=lora_config, gate_config=gate_config, gates=gates, text=text,
+            batching=batching, save_dtype=save_dtype, split=split, validation_split=validation_split, device=device,
+            cluster=cluster,
+        )  # fmt: skip
+    else:
+        from phatgoose.base import load_base, load_tokenizer
+        from phatgoose.many import train_adapters, train_gates
+        from phatgoose.training_groups import read_jobs
+
+        jobs = read_jobs(data, out, split, validation_split)
+        model = load_base(base, revision, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(base, revision)
+        train_adapters(model, tokenizer, jobs, config=lora_config, text=text, batching=batching, save_dtype=save_dtype)
+        if gates:
+            train_gates(model, tokenizer, jobs, config=gate_config, text=text, batching=batching, save_dtype=save_dtype)
+        folders = [job.folder for job in jobs]
+    typer.echo("\n".join(f"expert: {folder}" for folder in folders))
