@@ -65,7 +65,7 @@ def _name(axis: Any, text: str, place: tuple[float, float], *, left: bool) -> No
         textcoords="offset points",
         ha="right" if left else "left",
         fontsize=7,
-        zorder=4,
+        zorder=2.5,  # points lie above it
         in_layout=False,
     )
     label.set_path_effects([withStroke(linewidth=2, foreground="white")])

@@ -83,7 +83,7 @@ def averaged(analysis: Analysis) -> str:
 def _usage(analysis: Analysis, suite: SuiteRouting) -> Plot:
     experts = list(analysis.header.experts)
     shares_TE = np.where(suite.masked_TE, np.nan, 100 * suite.usage_RTE.mean(axis=0))
-    marks = "Blank: the task's own expert, which is masked."
+    marks = "Grey: the task's own expert, which is masked."
     boxes, dots = [], []
     if suite.suite == HELD_IN:
         boxes = [(t, experts.index(task)) for t, task in enumerate(suite.tasks)]

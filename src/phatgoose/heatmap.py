@@ -25,7 +25,7 @@ class Heatmap:
     """Numbers of rows and columns.
 
     Attributes:
-        values: of shape (rows, columns); NaN cells are left blank.
+        values: of shape (rows, columns); NaN cells are grey.
         rows, columns: labels.
         title, label: of the figure and of its colour bar.
         row_name, column_name: what rows and columns are.
