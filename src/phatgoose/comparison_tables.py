@@ -242,12 +242,18 @@ def markdown(comparison: Comparison) -> str:
         f"Base model: {_plain(', '.join(comparison.bases))}. Pool: {_plain(', '.join(comparison.pools))}.",
     ]
     for table in all_tables(comparison):
-        lines += ["", f"## {_plain(table.title)}", "", _line(map(_plain, table.head))]
-        lines.append(_line("---:" if numeric else "---" for numeric in table.numeric))
-        lines += [_line(f"**{_plain(e.text)}**" if e.bold else _plain(e.text) for e in row) for row in table.rows]
-        for note in table.notes:
-            lines += ["", _plain(note)]
+        lines += ["", *table_lines(table)]
     return "\n".join(lines) + "\n"
+
+
+def table_lines(table: Table) -> list[str]:
+    """One table as GitHub reads it, with a heading."""
+    lines = [f"## {_plain(table.title)}", "", _line(map(_plain, table.head))]
+    lines.append(_line("---:" if numeric else "---" for numeric in table.numeric))
+    lines += [_line(f"**{_plain(e.text)}**" if e.bold else _plain(e.text) for e in row) for row in table.rows]
+    for note in table.notes:
+        lines += ["", _plain(note)]
+    return lines
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ from typing import NoReturn
 import typer
 
 from phatgoose import __version__
-from phatgoose.cli.analysing import record
+from phatgoose.cli.analysing import analyse, record
 from phatgoose.cli.comparing import compare
 from phatgoose.cli.evaluating import evaluate, lm_eval
 from phatgoose.cli.pools import pool_app
@@ -54,6 +54,7 @@ _AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "allow
 app.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
 app.command()(compare)
 app.command()(record)
+app.command()(analyse)
 app.command()(demo)
 
 

@@ -1,4 +1,4 @@
-"""phatgoose record."""
+"""phatgoose record and phatgoose analyse."""
 
 from __future__ import annotations
 
@@ -106,3 +106,50 @@ def record(
             bar.set_description(f"{method.name} on {one.task_name}")
             recording.add(record_task(model, encoder, one, batch_tokens=config.batch_tokens))
     typer.echo(f"recording: {out}\nnext: phatgoose analyse {out} --out FOLDER")
+
+
+def analyse(
+    recordings: Annotated[list[Path], typer.Argument(help="Folders that phatgoose record wrote, one for each seed.")],
+    out: Annotated[Path, typer.Option(help="Folder for figures/, analysis.html, analysis.md and analysis.json.")],
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that phatgoose eval wrote for the same pools; may be repeated. For the Oracle."),
+    ] = None,
+    heatmap: Annotated[
+        list[str] | None,
+        typer.Option(help="suite/task whose layers are drawn; may be repeated. Four held-out tasks if not given."),
+    ] = None,
+) -> None:
+    """Draw where the tokens of tasks go: figures, tables and a page, from recordings."""
+    import json
+    from importlib.util import find_spec
+
+    for package in ("matplotlib", "scipy"):
+        if find_spec(package) is None:
+            raise ConfigError(f"analyse needs {package}", fix="pip install 'phatgoose[analysis]'")
+
+    from phatgoose.analysis import analyse as work_out
+    from phatgoose.analysis_page import write_analysis_page
+    from phatgoose.analysis_tables import markdown, to_json
+    from phatgoose.figures import draw, remove_older, save
+    from phatgoose.files import replacing
+    from phatgoose.results import read_results
+
+    rows, warnings = read_results(results) if results else ([], [])
+    for warning in warnings:
+        typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
+    analysis = work_out(recordings, rows, heatmaps=heatmap or ())
+    for note in analysis.notes:
+        typer.echo(note, err=True)
+    figures = out / "figures"
+    figures.mkdir(parents=True, exist_ok=True)
+    plots = draw(analysis)
+    remove_older(figures)
+    for plot in plots:
+        save(plot, figures)
+    with replacing(out / "analysis.json") as temporary:
+        temporary.write_text(json.dumps(to_json(analysis), ensure_ascii=False) + "\n", encoding="utf-8")
+    with replacing(out / "analysis.md") as temporary:
+        temporary.write_text(markdown(analysis), encoding="utf-8")
+    write_analysis_page(out / "analysis.html", analysis, plots, figures)
+    typer.echo(f"{len(plots)} figures, as PNG and SVG: {figures}\npage: {out / 'analysis.html'}")
