@@ -60,6 +60,7 @@ from phatgoose.oracle import EXPERT, OWN
 from phatgoose.pool import Pool
 from phatgoose.results import read_results
 from phatgoose.results_folder import ResultsFolder
+from phatgoose.sentence_encoder import SentenceEncoder
 from phatgoose.suites import HELD_IN, LEAVE_ONE_OUT, load_tasks
 from phatgoose.training_groups import TrainingJob, read_jobs
 
@@ -134,7 +135,9 @@ def main() -> None:
     parser.add_argument("--multitask-steps", type=int, default=600)
     parser.add_argument("--multitask-batch-size", type=int, default=64)
     parser.add_argument("--prototype-examples", type=int, default=1000, help="of each dataset, as in the paper")
-    parser.add_argument("--experts-at-once", type=int, default=6)
+    parser.add_argument("--experts-at-once", type=int, default=18)
+    # 36 GB of a GPU at 6 experts x 16 rows x 640 tokens
+    parser.add_argument("--positions-at-once", type=int, default=61440)
     parser.add_argument("--compile", action="store_true", help="faster on a GPU")
     parser.add_argument("--batch-tokens", type=int, default=131072, help="of a batch in evaluation")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
@@ -171,7 +174,9 @@ def train(args: argparse.Namespace, seed: int) -> None:
     gates = GateConfig(
         steps=args.gate_steps, learning_rate=args.gate_learning_rate, batch_size=args.batch_size, **common
     )
-    batching = BatchingConfig(experts_at_once=args.experts_at_once, compile=args.compile)
+    batching = BatchingConfig(
+        experts_at_once=args.experts_at_once, positions_at_once=args.positions_at_once, compile=args.compile
+    )
     options = {"text": TEXT, "batching": batching, "save_dtype": "bf16"}
     with timed(args, seed, "adapters"):
         train_adapters(model, tokenizer, jobs, config=lora, **options)
@@ -187,6 +192,7 @@ def train(args: argparse.Namespace, seed: int) -> None:
         config = replace(lora, steps=steps, batch_size=args.multitask_batch_size, save_steps=max(1, steps // 4))
         train_adapters(model, tokenizer, [union], config=config, **options)
     with timed(args, seed, "prototypes"):
+        encoder = SentenceEncoder()
         for job in jobs:
             expert = Expert(job.folder)
             if not expert.brings("activations"):
@@ -202,7 +208,9 @@ def train(args: argparse.Namespace, seed: int) -> None:
                     save_dtype="bf16",
                 )
             if not expert.brings("embeddings"):
-                save_example_embeddings(expert, job.examples, num_examples=args.prototype_examples, seed=seed)
+                save_example_embeddings(
+                    expert, job.examples, num_examples=args.prototype_examples, seed=seed, encoder=encoder
+                )
     path = folder / "pool"
     pool = Pool.open(path) if (path / "pool.json").is_file() else Pool.create(path, args.base)
     for job in jobs:

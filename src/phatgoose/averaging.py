@@ -55,7 +55,8 @@ class AveragingLinear(WrappedLinear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape (..., I) -> (..., O)."""
         assert self.counts_BS is not None
-        self.sum_I += self.counts_BS.flatten().double() @ x.reshape(-1, x.shape[-1]).double()
+        # summed in fp64 over batches only: of a whole batch's activations, fp64 copies would take most of the time
+        self.sum_I += self.counts_BS.flatten() @ x.reshape(-1, x.shape[-1]).float()
         update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
         y: torch.Tensor = self.base(x)
         return y + update.to(y.dtype)

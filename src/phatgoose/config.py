@@ -259,17 +259,20 @@ class BatchingConfig:
 
     Attributes:
         experts_at_once: most experts in a batch; each has `batch_size` rows there.
+        positions_at_once: about the most positions of a batch, padding included; None for any number.
+            Experts with short rows then train in larger groups than those with long rows.
         length_multiple: batches are padded to a multiple of so many positions, so that few shapes occur.
         compile: compile the model's blocks. Faster on a GPU, after a minute for the compiler.
     """
 
     experts_at_once: int = 8
+    positions_at_once: int | None = None
     length_multiple: int = 32
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("experts_at_once", "length_multiple"):
-            if getattr(self, name) < 1:
+        for name in ("experts_at_once", "length_multiple", "positions_at_once"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
 
 

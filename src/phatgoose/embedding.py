@@ -17,7 +17,12 @@ NUM_EXAMPLES = 1000
 
 
 def save_example_embeddings(
-    expert: Expert, examples: Sequence[Example], *, num_examples: int = NUM_EXAMPLES, seed: int = 0
+    expert: Expert,
+    examples: Sequence[Example],
+    *,
+    num_examples: int = NUM_EXAMPLES,
+    seed: int = 0,
+    encoder: SentenceEncoder | None = None,
 ) -> torch.Tensor:
     """Embed the inputs of an expert's examples and write them into its folder.
 
@@ -26,6 +31,7 @@ def save_example_embeddings(
         examples: what the expert was trained on.
         num_examples: so many, drawn at random if there are more.
         seed: of the drawing.
+        encoder: a new one if None; one for many experts is loaded once.
 
     Returns:
         embeddings_MD: M examples, D features, fp32, unit length.
@@ -34,7 +40,7 @@ def save_example_embeddings(
         PrototypeError: the sentence encoder cannot be loaded.
     """
     sample = random.Random(seed).sample(list(examples), min(num_examples, len(examples)))
-    encoder = SentenceEncoder()
+    encoder = encoder or SentenceEncoder()
     embeddings_MD = encoder.embed([example.input.strip() for example in sample])
     provenance = EmbeddingsProvenance(
         encoder=encoder.name,

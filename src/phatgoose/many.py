@@ -196,7 +196,7 @@ class _Run:
     def groups(self, jobs: Sequence[TrainingJob], finished: Sequence[bool]) -> list[tuple[list[TrainingJob], str]]:
         """The groups that are still to be trained, and how a progress bar calls them."""
         check_names(jobs)
-        groups = training_groups(jobs, finished, self.encoder, self.batching.experts_at_once, self.suffix)
+        groups = training_groups(jobs, finished, self.encoder, self.batching, self.config.batch_size, self.suffix)
         return [(group, group_label(group, i, len(groups))) for i, group in enumerate(groups, start=1)]
 
     def train(

@@ -149,13 +149,13 @@ def pending_groups(jobs: Sequence[TrainingJob], task: GroupTask) -> list[list[Tr
         BaseModelError: there is no such base.
     """
     encoder = Encoder(load_tokenizer(task.base, task.revision), empty_base(task.base, task.revision).config, task.text)
-    at_once = task.batching.experts_at_once
-    groups = training_groups(jobs, [has_adapter(job) for job in jobs], encoder, at_once, ".training")
+    adapters = [has_adapter(job) for job in jobs]
+    groups = training_groups(jobs, adapters, encoder, task.batching, task.config.batch_size, ".training")
     if task.gate_config is not None:  # the others' gates are trained where their adapters are
         taken = {job.name for group in groups for job in group}
         rest = [job for job in jobs if job.name not in taken]
         finished = [has_own_gate(Expert(job.folder)) for job in rest]
-        groups += training_groups(rest, finished, encoder, at_once, ".gating")
+        groups += training_groups(rest, finished, encoder, task.batching, task.gate_config.batch_size, ".gating")
     groups.sort(key=lambda group: not (is_interrupted(group, ".training") or is_interrupted(group, ".gating")))
     return groups
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from phatgoose.config import BatchingConfig
 from phatgoose.data import Encoder, Example, read_examples
 from phatgoose.errors import ConfigError
 from phatgoose.expert import check_name
@@ -83,7 +84,12 @@ def check_names(jobs: Sequence[TrainingJob]) -> None:
 
 
 def training_groups(
-    jobs: Sequence[TrainingJob], finished: Sequence[bool], encoder: Encoder, experts_at_once: int, suffix: str
+    jobs: Sequence[TrainingJob],
+    finished: Sequence[bool],
+    encoder: Encoder,
+    batching: BatchingConfig,
+    batch_size: int,
+    suffix: str,
 ) -> list[list[TrainingJob]]:
     """Put the experts that are not finished into groups with rows of like length.
 
@@ -94,7 +100,8 @@ def training_groups(
         jobs: all of them.
         finished: which have their result already.
         encoder: of the base model.
-        experts_at_once: most experts in a group.
+        batching: how large a group may be.
+        batch_size: rows of each expert in a batch.
         suffix: of the work folders' names.
 
     Raises:
@@ -108,11 +115,23 @@ def training_groups(
     ]
     taken = [job for group in groups for job in group]
     rest = [job for job, is_finished in zip(jobs, finished, strict=True) if not is_finished and job not in taken]
-    rest.sort(key=lambda job: (_length(job, encoder), job.name))
-    num_groups = -(-len(rest) // experts_at_once)
-    # of like size too, so that no group is left with a few experts
-    bounds = [len(rest) * i // max(1, num_groups) for i in range(num_groups + 1)]
-    return groups + [rest[start:end] for start, end in pairwise(bounds)]
+    lengths = {job.name: _lengths(job, encoder) for job in rest}
+    # a batch is as long as its longest row, which a tenth of the rows nearly reach
+    rest.sort(key=lambda job: (float(np.quantile(lengths[job.name], 0.9)), job.name))
+    if batching.positions_at_once is None:
+        num_groups = -(-len(rest) // batching.experts_at_once)
+        # of like size too, so that no group is left with a few experts
+        bounds = [len(rest) * i // max(1, num_groups) for i in range(num_groups + 1)]
+        return groups + [rest[start:end] for start, end in pairwise(bounds)]
+    found: list[list[TrainingJob]] = []
+    for job in rest:
+        wider = [*found[-1], job] if found else [job]
+        positions = len(wider) * batch_size * max(max(lengths[one.name]) for one in wider)
+        if found and len(wider) <= batching.experts_at_once and positions <= batching.positions_at_once:
+            found[-1] = wider
+        else:
+            found.append([job])
+    return groups + found
 
 
 def group_label(group: Sequence[TrainingJob], number: int, total: int) -> str:
@@ -160,7 +179,7 @@ def _interrupted(lead: TrainingJob, is_finished: bool, jobs: Sequence[TrainingJo
     return [by_name[name] for name in names]
 
 
-def _length(job: TrainingJob, encoder: Encoder) -> float:
-    """The length that a tenth of an expert's rows reach; a batch is as long as its longest row."""
+def _lengths(job: TrainingJob, encoder: Encoder) -> list[int]:
+    """Lengths of a sample of an expert's rows."""
     step = max(1, len(job.examples) // _SAMPLED)
-    return float(np.quantile([len(encoder.encode(example)["input_ids"]) for example in job.examples[::step]], 0.9))
+    return [len(encoder.encode(example)["input_ids"]) for example in job.examples[::step]]

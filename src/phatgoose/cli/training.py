@@ -159,6 +159,10 @@ def train_many(
     experts_at_once: Annotated[
         int, typer.Option(help="Most experts over one forward pass.")
     ] = Batching.experts_at_once,
+    positions_at_once: Annotated[
+        int | None,
+        typer.Option(help="About the most positions of a batch: experts with short rows train in larger groups."),
+    ] = Batching.positions_at_once,
     length_multiple: Annotated[
         int, typer.Option(help="Batches are padded to a multiple of so many tokens.")
     ] = Batching.length_multiple,
@@ -211,7 +215,10 @@ def train_many(
         warmup_ratio=warmup_ratio, clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
     )  # fmt: skip
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
-    batching = Batching(experts_at_once=experts_at_once, length_multiple=length_multiple, compile=compile)
+    batching = Batching(
+        experts_at_once=experts_at_once, positions_at_once=positions_at_once, length_multiple=length_multiple,
+        compile=compile,
+    )  # fmt: skip
     cluster = RayConfig(address=ray_address, num_gpus=ray_gpus, num_cpus=ray_cpus)
     if executor == "local" and cluster != RayConfig():
         raise ConfigError("options of a Ray cluster, but no cluster", found="--executor local", fix="--executor ray")
