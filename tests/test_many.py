@@ -13,6 +13,8 @@ from conftest import (
     MODELS,
     ModelFactory,
     assert_close,
+    fails,
+    files_of,
     llama,
     make_adapter,
     make_tokenizer,
@@ -24,6 +26,7 @@ from test_batches import encoder_of, make_examples
 from phatgoose.batched import BatchedLora, BatchedModel, needs_mask
 from phatgoose.batches import GroupData
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig
+from phatgoose.errors import ConfigError
 from phatgoose.expert import Expert
 from phatgoose.expert_matrix import ExpertMatrix
 from phatgoose.group_trainer import GroupTrainer
@@ -228,6 +231,63 @@ def test_an_adapted_output_head(tmp_path: Path) -> None:
         alone = tmp_path / "alone" / job.name
         train_adapter(llama(), make_tokenizer(), job.examples, alone, config=config, validation=job.validation)
         assert_same_adapters(job.folder, alone)
+
+
+class JointLinear(torch.nn.Module):
+    """PEFT's layer with a gate that is trained together with it, after the formula."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate_I = torch.nn.Parameter(torch.zeros(layer.get_base_layer().in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, scaling = (getattr(self.layer, name)["default"] for name in ("lora_A", "lora_B", "scaling"))
+        return self.layer.get_base_layer()(x) + scaling * b(a(x)) * torch.sigmoid((x @ self.gate_I).unsqueeze(-1))
+
+
+def test_joint_gates(tmp_path: Path) -> None:
+    """Adapter and gate end as if Trainer had trained them together, each expert alone."""
+    config = replace(LORA, joint_gates=True)
+    jobs = make_jobs(tmp_path / "many", validation=0)
+    train_adapters(llama(), make_tokenizer(), jobs, config=config, progress=False)
+    for job in jobs:
+        model = llama()
+        encoder = encoder_of(model)
+
+        def collate(rows: Any, encoder: Any = encoder) -> Any:
+            batch = encoder.collate(rows)
+            batch["targets"] = batch.pop("labels")
+            return batch
+
+        with new_lora(model, config) as peft_model:
+            layers = lora_layers(peft_model)
+            for site, layer in layers.items():
+                model.set_submodule(site, JointLinear(layer))
+            rows = [encoder.encode(example) for example in job.examples]
+            make_trainer(
+                peft_model, config, tmp_path / "work", save_steps=10**6, dataset=rows, validation=[], collate=collate
+            ).train()
+            expert, gate = Expert(job.folder), Expert(job.folder).load_gate()
+            loaded = dict(expert.adapter.load())
+            assert gate.keys() == loaded.keys() == layers.keys()
+            for site, layer in layers.items():
+                gate_I = model.get_submodule(site).gate_I
+                assert gate_I.abs().max() > 0
+                torch.testing.assert_close(gate[site], gate_I.detach(), rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    loaded[site].b_OR, layer.lora_B["default"].weight.detach(), rtol=0, atol=1e-5
+                )
+                model.set_submodule(site, layer)
+    # the gates are there, so none is trained after the adapters
+    before = files_of(tmp_path / "many")
+    train_gates(llama(), make_tokenizer(), jobs, config=GATE, progress=False)
+    assert files_of(tmp_path / "many") == before
+    fails(
+        ConfigError,
+        "only among many",
+        action=lambda: train_adapter(llama(), make_tokenizer(), jobs[0].examples, tmp_path / "alone", config=config),
+    )
 
 
 def test_gates_of_unlike_adapters(tmp_path: Path) -> None:

@@ -28,14 +28,14 @@ from phatgoose.wrapped import WrappedLinear
 class BatchedLora(WrappedLinear):
     """A frozen linear layer and a LoRA of each expert, with or without gates.
 
-    y = W u + scaling * B A u, and with gates y = W u + B A u * sigmoid(v . u).
+    y = W u + scaling * B A u, and with gates y = W u + scaling * B A u * sigmoid(v . u).
 
     Args:
         base: the linear layer.
         a_ERI: down-projections.
         b_ERO: up-projections, transposed.
         scaling: LoRA's, the same for all experts.
-        gates_EI: the gates' v, fp32; None for none.
+        gates_EI: the gates' v; None for none.
     """
 
     def __init__(

@@ -236,6 +236,8 @@ class AdapterTrainingConfig(OptimizerConfig):
         learning_rate: 1e-3, the rate that suits a scale of 1.
         save_steps: a checkpoint every so many steps; a killed run starts
             again from the last one.
+        joint_gates: train the gate together with the adapter, as the paper's
+            ablation does (appendix A), instead of after it. Only `train_adapters` can.
     """
 
     steps: int = 1000
@@ -244,6 +246,7 @@ class AdapterTrainingConfig(OptimizerConfig):
     alpha: float | None = None
     target_modules: str = "all-linear"
     save_steps: int = 100
+    joint_gates: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

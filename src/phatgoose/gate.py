@@ -37,7 +37,8 @@ class GateProvenance:
         base: name of the base model, and its revision.
         data: fingerprint of the training examples (`phatgoose.data.fingerprint`).
         adapter_sha256: of the adapter_model.safetensors that it was trained for.
-        settings: every setting of the training (`GateConfig`, `TextConfig`).
+        settings: every setting of the training (`TextConfig`, and `GateConfig`
+            or, of a gate that was trained together with its adapter, `AdapterTrainingConfig`).
         phatgoose: version that wrote it.
         format: version of the file format.
     """

@@ -6,7 +6,7 @@ Axes: E experts, I in-features, O out-features, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,13 @@ def load_factors(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor],
             layer.lora_B["default"].weight.copy_(factors[site + ".b"][expert].T)
 
 
-def save_lora(peft_model: PeftModel, out: Path, base: str, dtype: torch.dtype) -> None:
+def save_lora(
+    peft_model: PeftModel,
+    out: Path,
+    base: str,
+    dtype: torch.dtype,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:
     """Save the adapter as PEFT does; `out` appears in one step.
 
     Args:
@@ -89,6 +95,7 @@ def save_lora(peft_model: PeftModel, out: Path, base: str, dtype: torch.dtype) -
         out: folder to make.
         base: the base model's name, for adapter_config.json.
         dtype: of the numbers on disk.
+        beside: writes more into the folder before it appears.
     """
     with new_folder(out) as folder:
         peft_model.save_pretrained(str(folder))
@@ -98,6 +105,7 @@ def save_lora(peft_model: PeftModel, out: Path, base: str, dtype: torch.dtype) -
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base
         write_json(folder / CONFIG_FILE, config)
+        beside(folder)
 
 
 def _check_linear(site: str, layer: LoraLayer) -> None:

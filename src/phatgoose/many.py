@@ -30,7 +30,7 @@ from phatgoose.errors import AdapterError, ConfigError, GateError
 from phatgoose.expert import Expert
 from phatgoose.expert_matrix import ExpertMatrix
 from phatgoose.files import sha256
-from phatgoose.gate import save_gate
+from phatgoose.gate import GATE, save_gate
 from phatgoose.group_trainer import GroupTrainer, enough_memory
 from phatgoose.lora import initial_factors, load_factors, lora_layers, new_lora, save_lora
 from phatgoose.sites import check_sites
@@ -82,7 +82,10 @@ def train_adapters(
         experts = {job.name: _sources(job) for job in group}
         with new_lora(model, config) as peft_model:
             layers = lora_layers(peft_model)
-            matrix = ExpertMatrix(initial_factors(layers, len(group)), DTYPES[config.dtype])
+            initial = initial_factors(layers, len(group))
+            if config.joint_gates:
+                initial |= _zero_gates(layers, initial)
+            matrix = ExpertMatrix(initial, DTYPES[config.dtype])
             kept_EP = run.train(group, experts, matrix, partial(_adapter_layers, layers), label)
             tensors = matrix.split(kept_EP)
             for e, job in enumerate(group):
@@ -90,7 +93,11 @@ def train_adapters(
                     lost.append(job)
                 elif not job.folder.exists():
                     load_factors(layers, tensors, e)
-                    save_lora(peft_model, job.folder, base_id(model).name, DTYPES[save_dtype])
+                    dtype = DTYPES[save_dtype]
+                    gate = partial(_save_joint_gate, model, tensors, e, experts[job.name]["data"], config, text, dtype)
+                    save_lora(
+                        peft_model, job.folder, base_id(model).name, dtype, *([gate] if config.joint_gates else [])
+                    )
         shutil.rmtree(group[0].work(".training"))
     if lost:
         names = ", ".join(str(job.folder) for job in lost)
@@ -253,9 +260,33 @@ def _adapter_layers(layers: Mapping[str, Any], matrix: ExpertMatrix) -> dict[str
             matrix.parameters[site + ".a"],
             matrix.parameters[site + ".b"],
             scaling=layer.scaling["default"],
+            gates_EI=matrix.parameters.get(site + GATE.suffix),
         )
         for site, layer in layers.items()
     }
+
+
+def _zero_gates(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Gates for joint training; every one starts half open, as in `train_gates`."""
+    return {site + GATE.suffix: torch.zeros_like(factors[site + ".a"][:, 0]) for site in layers}
+
+
+def _save_joint_gate(
+    model: PreTrainedModel,
+    tensors: Mapping[str, torch.Tensor],
+    expert: int,
+    data: str,
+    config: AdapterTrainingConfig,
+    text: TextConfig,
+    dtype: torch.dtype,
+    folder: Path,
+) -> None:
+    vectors = {
+        name.removesuffix(GATE.suffix): tensor[expert].cpu()
+        for name, tensor in tensors.items()
+        if name.endswith(GATE.suffix)
+    }
+    save_gate(folder, vectors, gate_provenance(model, data, sha256(folder / WEIGHTS_FILE), config, text), dtype)
 
 
 def _frozen_factors(model: PreTrainedModel, experts: Sequence[Expert]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

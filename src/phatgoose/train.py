@@ -21,7 +21,7 @@ from phatgoose.adapter import WEIGHTS_FILE
 from phatgoose.base import DTYPES, base_id
 from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, OptimizerConfig, TextConfig
 from phatgoose.data import Encoder, Example, fingerprint
-from phatgoose.errors import AdapterError, GateError
+from phatgoose.errors import AdapterError, ConfigError, GateError
 from phatgoose.expert import Expert
 from phatgoose.files import sha256
 from phatgoose.gate import GateProvenance, save_gate
@@ -61,9 +61,11 @@ def train_adapter(
 
     Raises:
         AdapterError: `out` exists already, or the training diverged.
-        ConfigError: `config` names layers that cannot be adapted, or an unfinished
-            run with other settings lies in the work folder.
+        ConfigError: `config` names layers that cannot be adapted or wants joint
+            gates, or an unfinished run with other settings lies in the work folder.
     """
+    if config is not None and config.joint_gates:
+        raise ConfigError("a gate is trained together with its adapter only among many", fix="phatgoose train-many")
     config, text, out = config or AdapterTrainingConfig(), text or TextConfig(), Path(out)
     check_out(out)
     encoder = Encoder(tokenizer, model.config, text)
@@ -154,7 +156,7 @@ def gate_save_steps(config: GateConfig) -> int:
 
 
 def gate_provenance(
-    model: PreTrainedModel, data: str, adapter_sha256: str, config: GateConfig, text: TextConfig
+    model: PreTrainedModel, data: str, adapter_sha256: str, config: OptimizerConfig, text: TextConfig
 ) -> GateProvenance:
     """How a gate was made, from the fingerprints of its data and adapter and the settings."""
     base = base_id(model)

@@ -156,6 +156,9 @@ def train_many(
     split: DataSplit = "train",
     validation_split: ValidationSplit = None,
     gates: Annotated[bool, typer.Option(help="Train the gates, too.")] = True,
+    joint_gates: Annotated[
+        bool, typer.Option("--joint-gates", help="Train each gate together with its adapter, as the paper's ablation.")
+    ] = Lora.joint_gates,
     experts_at_once: Annotated[
         int, typer.Option(help="Most experts over one forward pass.")
     ] = Batching.experts_at_once,
@@ -208,7 +211,7 @@ def train_many(
     lora_config = Lora(
         rank=rank, alpha=alpha, target_modules=target_modules, steps=steps, save_steps=save_steps,
         batch_size=batch_size, accumulation=accumulation, learning_rate=learning_rate, warmup_ratio=warmup_ratio,
-        clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype,
+        clip=clip, weight_decay=weight_decay, seed=seed, dtype=dtype, joint_gates=joint_gates,
     )  # fmt: skip
     gate_config = Gate(
         steps=gate_steps, batch_size=batch_size, accumulation=accumulation, learning_rate=gate_learning_rate,
