@@ -173,3 +173,41 @@ def test_retrieval_in_an_encoder_decoder(tmp_path: Path) -> None:
         logits(model)
     chosen = {tuple(trace.routing(site).expert_ids_BSK[:, 0, 0].tolist()) for site in trace.sites}
     assert len(chosen) == 1  # one owner per prompt, the same at all sites
+
+
+def test_a_sequence_has_the_mean_of_its_prompts_scores(tmp_path: Path) -> None:
+    """At each site, of prompts of unlike length in one batch; answer tokens too."""
+    pool = make_pool("llama", tmp_path)
+    plain = routed(llama(), pool)
+    prompts = [IDS[0].tolist(), IDS[1, :2].tolist()]
+    expected: list[dict[str, torch.Tensor]] = []
+    for prompt in prompts:
+        scores: dict[str, torch.Tensor] = {}
+        hooks = [
+            linear.register_forward_pre_hook(
+                lambda module, args, site=site, into=scores: into.update(
+                    {site: module.router.scores(args[0][0]).mean(0)}
+                )
+            )
+            for site, linear in plain.routed_linears().items()
+        ]
+        logits(plain, input_ids=torch.tensor([prompt]))
+        for hook in hooks:
+            hook.remove()
+        expected.append(scores)
+    model = routed(plain.unwrap(), pool, router="phatgoose-sequence")
+    with model.prompts(prompts), model.trace() as trace:
+        found = logits(model, input_ids=IDS[:2])
+    for site in trace.sites:
+        weights_BSE = trace.weights(site)
+        for b, scores in enumerate(expected):
+            top = torch.topk(scores[site], 2)
+            want_E = torch.zeros(4).scatter(0, top.indices, torch.softmax(top.values, 0))
+            torch.testing.assert_close(weights_BSE[b], want_E.expand(4, -1), rtol=1e-4, atol=1e-6)
+    with model.prompts(prompts[:1]):
+        assert_close(logits(model, input_ids=IDS[:1]), found[:1])
+
+
+def test_a_sequence_router_is_for_decoder_only_models(tmp_path: Path) -> None:
+    model = routed(t5(), make_pool("t5", tmp_path), router="phatgoose-sequence")
+    fails(RouterError, "decoder-only", "--router phatgoose", action=lambda: logits(model))

@@ -59,6 +59,17 @@ def test_spectrum_is_the_svd(tmp_path: Path) -> None:
     torch.testing.assert_close(cosines_ER, torch.ones_like(cosines_ER), rtol=0, atol=1e-5)
 
 
+def test_phatgoose_raw(tmp_path: Path) -> None:
+    """The logit that a gate was trained as; standardised, the same gates choose otherwise."""
+    pool, rule, x_NI = rule_inputs(tmp_path, "phatgoose-raw")
+    gates_EI = torch.stack([expert.load_gate()[SITE] for expert in pool.experts()])
+    top_NK, ids_NK = (x_NI @ gates_EI.T).topk(2)
+    assert torch.equal(rule(x_NI).expert_ids_NK, ids_NK)
+    assert_close(rule(x_NI).weights_NK, torch.softmax(top_NK, dim=1))
+    standardised = rule_inputs(tmp_path / "again", "phatgoose")[1]
+    assert (standardised(x_NI).expert_ids_NK != ids_NK).any()
+
+
 @pytest.mark.parametrize("router", ["arrow", "arrow-peft"])
 def test_arrow(router: str, tmp_path: Path) -> None:
     pool, rule, x_NI = rule_inputs(tmp_path, router, top_k=3)

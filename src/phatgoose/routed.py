@@ -279,14 +279,15 @@ class RoutedModel(nn.Module):
                 for linear in linears:
                     linear.prompt_mask_BE = mask_BE.to(linear.a_ERI.device)
             if self.prompt_router is not None:
-                bias_BE = self.prompt_router.bias(self, prompt_ids)
-                for linear in linears:
-                    linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
+                bias = self.prompt_router.bias(self, prompt_ids)
+                for site, linear in self.routed_linears().items():
+                    of_site_BE = bias if isinstance(bias, torch.Tensor) else bias[site]
+                    linear.prompt_bias_BE = of_site_BE.to(linear.a_ERI.device)
             yield
         finally:
             self._prompt_masked = masked
-            for linear, (bias, mask) in zip(linears, before, strict=True):
-                linear.prompt_bias_BE, linear.prompt_mask_BE = bias, mask
+            for linear, (bias_BE, masks_BE) in zip(linears, before, strict=True):
+                linear.prompt_bias_BE, linear.prompt_mask_BE = bias_BE, masks_BE
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""

@@ -7,7 +7,7 @@ in `ROUTERS`. Axes: N tokens, E experts, K chosen experts, I in-features.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
@@ -30,6 +30,8 @@ Mixing = Literal["outputs", "parameters"]
 ROUTERS = {
     "phatgoose": "phatgoose.routers.phatgoose:Phatgoose",
     "phatgoose-prior": "phatgoose.routers.phatgoose_prior:PhatgoosePrior",
+    "phatgoose-raw": "phatgoose.routers.phatgoose_raw:PhatgooseRaw",
+    "phatgoose-sequence": "phatgoose.routers.phatgoose_sequence:PhatgooseSequence",
     "average-activation": "phatgoose.routers.average_activation:AverageActivation",
     "arrow": "phatgoose.routers.arrow:Arrow",
     "arrow-peft": "phatgoose.routers.arrow:ArrowPeft",
@@ -66,15 +68,17 @@ class PromptRouter(ABC):
     """The part of a router that reads whole prompts; see `Router.for_prompts`."""
 
     @abstractmethod
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
-        """What each prompt adds to the scores of all its tokens, at every site.
+    def bias(
+        self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]
+    ) -> torch.Tensor | Mapping[str, torch.Tensor]:
+        """What each prompt adds to the scores of all its tokens.
 
         Args:
             model: that is about to read the prompts; knows their texts and which experts are masked.
             prompt_ids: token ids of B prompts, without padding.
 
         Returns:
-            bias_BE, fp32; -inf forbids an expert.
+            bias_BE, fp32; -inf forbids an expert. The same at every site, or by site.
         """
 
 
