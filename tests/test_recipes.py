@@ -13,6 +13,7 @@ import pytest
 from conftest import as_text, llama, make_base, make_data, token_ids
 from grid_workshop import make_grid
 
+from phatgoose.adapter import WEIGHTS_FILE
 from phatgoose.pool import Pool
 from phatgoose.results import read_results
 
@@ -74,27 +75,32 @@ def test_demo_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert json.loads((out / "scores.json").read_text()) == scores
 
 
-def test_ocean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ocean(tmp_path: Path) -> None:
+    """Two experts, two seeds, one task of each held-out suite; in two parts, as on two machines."""
     grid = make_grid(tmp_path / "grid", rows=6)
-    out, data = tmp_path / "out", grid / "data"
+    out = tmp_path / "out"
     options = {
-        "--data": data, "--out": out, "--base": grid / "tiny-llama", "--rank": 2, "--steps": 4, "--gate-steps": 2,
-        "--batch-size": 2, "--multitask-steps": 4, "--multitask-batch-size": 4, "--rows": 3, "--dtype": "fp32",
+        "--data": grid / "data", "--out": out, "--base": grid / "tiny-llama", "--rank": 2, "--steps": 4,
+        "--gate-steps": 2, "--most-gate-steps": 3, "--batch-size": 2, "--multitask-steps": 4,
+        "--multitask-batch-size": 4, "--prototype-examples": 3, "--rows": 3, "--recorded-rows": 2, "--dtype": "fp32",
         "--batch-tokens": 512,
     }  # fmt: skip
-    args = [str(RECIPES / "ocean.py"), *(str(part) for pair in options.items() for part in pair)]
+    args = [sys.executable, str(RECIPES / "ocean"), *(str(part) for pair in options.items() for part in pair)]
     args += ["--seeds", "0", "1", "--tasks", "rte", "object_counting", "e0", "e1"]
-    monkeypatch.setattr(sys, "argv", [*args, "--stages", "train", "--seeds", "0"])
-    runpy.run_path(args[0], run_name="__main__")
-    monkeypatch.setattr(sys, "argv", args)
-    runpy.run_path(args[0], run_name="__main__")
+    for some in (["--stages", "train", "--seeds", "0"], []):
+        done = subprocess.run([*args, *some], capture_output=True, text=True, timeout=500, check=False)
+        assert done.returncode == 0, done.stderr
 
-    for seed in (0, 1):
-        pool = Pool.open(out / f"seed-{seed}" / "pool")
+    for path in (out / "seed-0", out / "seed-1", out / "seed-0" / "gates-10", out / "seed-0" / "joint"):
+        pool = Pool.open(path / "pool")
         assert pool.names == ("e0", "e1")
         assert pool.check(llama()) == []
-        assert all(expert.brings(need) for expert in pool.experts() for need in ("gate", "activations", "embeddings"))
-    results, warnings = read_results([out / f"seed-{seed}" / "results" for seed in (0, 1)])
+        needs = ("activations", "embeddings", "gate") if path.name.startswith("seed") else ("gate",)
+        assert all(expert.brings(need) for expert in pool.experts() for need in needs)
+    same = [out / "seed-0" / name / "experts" / "e0" / WEIGHTS_FILE for name in ("", "gates-10", "joint")]
+    assert same[0].read_bytes() == same[1].read_bytes() != same[2].read_bytes()
+
+    results, warnings = read_results(sorted((out / "rows").glob("seed-*-results.tar.xz")))
     assert not warnings
     cells = {(r.suite, r.task, r.method) for r in results if r.seed == 1}
     methods = {method for _, _, method in cells}
@@ -106,11 +112,16 @@ def test_ocean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     }  # fmt: skip
     assert "phatgoose top_k=1" in {r.method for r in results if r.seed == 0}
     assert "phatgoose top_k=1" not in methods
-    assert "| phatgoose-prior |" in (out / "comparison.md").read_text()
+    comparison, settings = ((out / f"{name}.md").read_text().replace("\\", "") for name in ("comparison", "settings"))
+    assert "| phatgoose-prior |" in comparison
+    assert not [name for name in ("top_k=", "temperature=", "_scale=", "gates-10") if name in comparison]
+    for name in ("top_k=1", "temperature=2.0", "phatgoose-raw", "phatgoose (gates-10)", "phatgoose (joint)"):
+        assert name in settings
+    assert (out / "analysis-phatgoose" / "analysis.html").is_file()
 
     before = times(out)
-    capsys.readouterr()
-    runpy.run_path(args[0], run_name="__main__")
+    again = [*args, "--stages", "train", "variants", "evaluate", "record"]
+    done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stderr
     after = times(out)
-    changed = {path.name for path in before if before[path] != after[path]}
-    assert changed == {"comparison.md", "comparison.html", "times.jsonl"}  # of stages that found nothing to do
+    assert {path.name for path in before if before[path] != after[path]} == {"times.jsonl"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tarfile
 
 import numpy as np
 import pytest
@@ -218,3 +219,32 @@ def test_multitask_of_each_seed_is_another_adapter(tmp_path):
     )
     with pytest.raises(ResultsError, match="multitask has different settings"):
         read_results([tmp_path / "0"])
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.xz"])
+def test_packed(suffix, tmp_path):
+    make(tmp_path / "out")
+    make(tmp_path / "other", seed=1, pool="b" * 64)
+    archive = tmp_path / f"out.{suffix}"
+    with tarfile.open(archive, f"w:{suffix[4:]}") as tar:
+        tar.add(tmp_path / "out", "seed-0/results")
+    packed, plain = (read_results([path, tmp_path / "other"])[0] for path in (archive, tmp_path / "out"))
+    assert [result.cell for result in packed] == [result.cell for result in plain]
+    assert all(np.array_equal(a.sums_C, b.sums_C) for a, b in zip(packed, plain, strict=True))
+    assert f"out.{suffix}" in packed[0].source
+    third = make(tmp_path / "third", pool="c" * 64)
+    fails(ResultsError, "the same seed", f"out.{suffix}", action=lambda: read_results([archive, third]))
+    archive.write_bytes(archive.read_bytes()[:300])
+    fails(ResultsError, "cannot be read", f"out.{suffix}", action=lambda: read_results([archive]))
+
+
+def test_an_archive_of_two_folders(tmp_path):
+    for name in ("a", "b"):
+        make(tmp_path / name)
+    with tarfile.open(tmp_path / "both.tar", "w") as tar:
+        for name in ("a", "b"):
+            tar.add(tmp_path / name, name)
+    fails(ResultsError, "2 results folders", action=lambda: read_results([tmp_path / "both.tar"]))
+    with tarfile.open(tmp_path / "none.tar", "w"):
+        pass
+    fails(ResultsError, "no rows.jsonl", action=lambda: read_results([tmp_path / "none.tar"]))

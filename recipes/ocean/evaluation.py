@@ -1,0 +1,89 @@
+"""Stage evaluate: all methods on all suites. Stage record: where tokens go."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import random
+import subprocess
+import sys
+
+from filelock import FileLock, Timeout
+from grids import ALL, ROWS, Grid, todo
+from times import timed
+from training import TEXT, datasets
+
+from phatgoose.base import load_base, load_tokenizer, placement
+from phatgoose.config import EvaluationConfig
+from phatgoose.data import Encoder
+from phatgoose.evaluation import Cell, evaluate, plan, with_data
+from phatgoose.methods import MULTITASK, parse_methods
+from phatgoose.pool import Pool
+from phatgoose.results_folder import ResultsFolder
+from phatgoose.suites import load_tasks
+
+RECORDED = ("phatgoose", "phatgoose-prior")
+
+
+def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
+    """All methods on all suites, but for what another process is at."""
+    folder = args.out / f"seed-{seed}"
+    dtype, device = placement(args.dtype, None)
+    model = load_base(args.base, dtype=dtype, device=device)
+    encoder = Encoder(load_tokenizer(args.base), model.config, TEXT)
+    # its warnings are about settings that are made here
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    # a method is one chunk, because a batch is only full when there is enough to fill it
+    config = EvaluationConfig(batch_tokens=args.batch_tokens, chunk_requests=10**9)
+    for grid, method in todo(seed, datasets(args), args.routers):
+        pool = pool_of(args, seed, grid)
+        if pool is None:
+            continue
+        results = folder / grid.results
+        results.mkdir(exist_ok=True)
+        try:
+            with FileLock(results / f".{method}.lock", timeout=0):
+                cells = unfinished(args, seed, grid, method, pool)
+                if cells:
+                    with timed(args, seed, f"{method}, {grid.label or 'all experts'}, {len(cells)} tasks"):
+                        evaluate(cells, model, encoder, pool, ResultsFolder(results, pool.fingerprint), config)
+        except Timeout:
+            continue
+
+
+def pool_of(args: argparse.Namespace, seed: int, grid: Grid) -> Pool | None:
+    """A grid's pool; None if it is of a variant that was not trained."""
+    folder = args.out / f"seed-{seed}" / (grid.variant or "") / "pool"
+    if grid.variant is not None and not folder.exists():
+        return None
+    pool = Pool.open(folder)
+    order = random.Random(0).sample(pool.names, len(pool))
+    return pool if grid.experts is None else pool.subset(sorted(order[: grid.experts]))
+
+
+def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, pool: Pool) -> list[Cell]:
+    """A method's cells of which there is no row yet."""
+    folder = args.out / f"seed-{seed}"
+    results = ResultsFolder(folder / grid.results, pool.fingerprint)
+    methods = parse_methods([f"{MULTITASK}:{folder / MULTITASK}" if method == MULTITASK else method], pool)
+    cells: list[Cell] = []
+    for suite in grid.suites:
+        limit = ROWS[suite] if args.rows is None else args.rows
+        tasks, _ = with_data(load_tasks([suite], pool, data=args.data, limit=limit))
+        tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
+        cells += plan(tasks, methods, [seed], base=args.base, dtype=args.dtype, limit=limit, text=TEXT)
+    return [cell for cell in cells if results.find(cell.key) is None]
+
+
+def record(args: argparse.Namespace, seed: int) -> None:
+    """The routing of tasks, for `phatgoose analyse`."""
+    folder = args.out / f"seed-{seed}"
+    for router in RECORDED:
+        command = [
+            sys.executable, "-m", "phatgoose", "record", folder / "pool", "--data", args.data, "--suite", ",".join(ALL),
+            "--router", router, "--seed", seed, "--limit", args.recorded_rows, "--out", folder / f"recording-{router}",
+            "--dtype", args.dtype, "--batch-tokens", args.batch_tokens // 2, "--skip-missing",
+            *(["--task", ",".join(args.tasks)] if args.tasks else []),
+        ]  # fmt: skip
+        with timed(args, seed, f"record {router}"):
+            subprocess.run([str(part) for part in command], check=True)

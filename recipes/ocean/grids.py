@@ -1,0 +1,88 @@
+"""What is evaluated: methods, suites, seeds, and how many rows of each task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from phatgoose.config import RouterConfig
+from phatgoose.methods import EXPERTS, MULTITASK
+from phatgoose.oracle import EXPERT, OWN
+from phatgoose.suites import HELD_IN, LEAVE_ONE_OUT
+
+HELD_OUT = ("t0ho", "bbh")
+ALL = (*HELD_OUT, HELD_IN, LEAVE_ONE_OUT)
+ROUTERS = (
+    "phatgoose", "phatgoose-prior", "arrow", "retrieval", "merged", "average-activation", "glider", "spectr",
+    "arrow-peft", "lag", "uniform", "merged-parameters",
+)  # fmt: skip
+# GLIDER's authors give unseen tasks 3, which is the default, and seen ones 100
+SETTINGS = (
+    "phatgoose-raw", "phatgoose-sequence", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4",
+    "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "phatgoose-prior prior_strength=1.0",
+    "glider global_scale=100.0",
+)  # fmt: skip
+# The same adapters with gates of fewer or more steps; adapters and gates that were trained together.
+GATE_STEPS = {"gates-10": 10, "gates-30": 30, "gates-300": 300}
+JOINT = "joint"
+SIZES = (9, 18)
+# Of each task: a seeded sample, the same for every method and seed.
+ROWS = {"t0ho": 100, "bbh": 60, HELD_IN: 40, LEAVE_ONE_OUT: 40}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Methods on suites.
+
+    Attributes:
+        experts: size of the pool, the first so many in an order drawn once; None for all.
+        variant: of the experts, a name in `GATE_STEPS` or `JOINT`; None for the experts themselves.
+        seeds: only seeds below it; None for all.
+    """
+
+    methods: tuple[str, ...]
+    suites: tuple[str, ...]
+    experts: int | None = None
+    variant: str | None = None
+    seeds: int | None = None
+
+    @property
+    def label(self) -> str:
+        """What sets its pool apart, if anything does."""
+        return f"{self.experts} experts" if self.experts is not None else (self.variant or "")
+
+    @property
+    def results(self) -> str:
+        """Name of the results folder: each holds one pool."""
+        return "-".join(["results", *self.label.split()[:1]])
+
+
+GRIDS = (
+    Grid(methods=(*ROUTERS[:2], "base", MULTITASK, *ROUTERS[2:]), suites=ALL),
+    Grid(methods=(OWN,), suites=(HELD_IN,)),
+    Grid(methods=(EXPERTS,), suites=HELD_OUT),
+    Grid(methods=SETTINGS, suites=ALL, seeds=1),
+    *(Grid(methods=("phatgoose",), suites=ALL, variant=name, seeds=1) for name in (*GATE_STEPS, JOINT)),
+    *(
+        Grid(methods=("phatgoose", "phatgoose-prior", "arrow", "merged"), suites=HELD_OUT, experts=size, seeds=1)
+        for size in SIZES
+    ),
+)
+
+
+def todo(seed: int, experts: list[str], routers: list[str] | None) -> Iterator[tuple[Grid, str]]:
+    """Each grid's methods, one by one.
+
+    Args:
+        seed: of the training.
+        experts: names of all.
+        routers: instead of all methods: these, on all suites.
+    """
+    for grid in GRIDS if routers is None else [Grid(methods=tuple(routers), suites=ALL)]:
+        if (grid.seeds is not None and seed >= grid.seeds) or (grid.experts or 0) >= len(experts):
+            continue
+        for method in grid.methods:
+            # a pool of less than k experts has no top k
+            if RouterConfig.parse(method.split()[1:]).get("top_k", 0) <= len(experts):
+                for one in [EXPERT + name for name in experts] if method == EXPERTS else [method]:
+                    yield grid, one

@@ -1,0 +1,89 @@
+"""Stage tables: the comparison, the settings beside each other, the figures, and the rows packed."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tarfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evaluation import RECORDED
+from grids import GRIDS, SETTINGS
+
+from phatgoose.comparison import compare
+from phatgoose.comparison_page import write_comparison_page
+from phatgoose.comparison_tables import markdown
+from phatgoose.oracle import is_expert
+from phatgoose.results import Result, read_results
+
+
+def write_tables(args: argparse.Namespace) -> None:
+    """Everything that docs/results.md is made of."""
+    for seed in args.seeds:
+        pack(args.out / f"seed-{seed}", args.out / "rows")
+    rows = args.out / "rows"
+    main = read(sorted(rows.glob("seed-*-results.tar.xz")))
+    settings = {result.method for result in main} & set(SETTINGS)
+    write(args.out, "comparison", [result for result in main if result.method not in settings])
+    first = [result for result in main if result.seed == min(args.seeds)]
+    write(args.out, "settings", [*(r for r in first if not is_expert(r.method)), *of_other_pools(rows, first)])
+    for router in RECORDED:
+        recordings = sorted(rows.glob(f"seed-*-recording-{router}"))
+        if recordings:
+            command = [
+                sys.executable, "-m", "phatgoose", "analyse", *recordings, "--out", args.out / f"analysis-{router}",
+                *(part for path in sorted(rows.glob("seed-*-results.tar.xz")) for part in ("--results", path)),
+            ]  # fmt: skip
+            subprocess.run([str(part) for part in command], check=True)
+
+
+def of_other_pools(rows: Path, first: Sequence[Result]) -> list[Result]:
+    """Results of the first seed's other pools, as methods of the first pool, so that they can be paired."""
+    found = []
+    for grid in GRIDS:
+        archive = rows / f"seed-{first[0].seed}-{grid.results}.tar.xz"
+        if grid.label and archive.is_file():
+            found += [
+                replace(result, method=f"{result.method} ({grid.label})", pool=first[0].pool, config=None)
+                for result in read([archive])
+            ]
+    return found
+
+
+def read(archives: Sequence[Path]) -> list[Result]:
+    """Rows of results folders."""
+    results, warnings = read_results(archives)
+    for warning in warnings:
+        print(warning)
+    return results
+
+
+def write(out: Path, name: str, results: Sequence[Result]) -> None:
+    """A comparison as Markdown and as a page."""
+    found = compare(results)
+    (out / f"{name}.md").write_text(markdown(found), encoding="utf-8")
+    write_comparison_page(out / f"{name}.html", found)
+    print(f"wrote {out / name}.md and .html")
+
+
+def pack(seed: Path, rows: Path) -> None:
+    """One small archive for each results folder, the same bytes for the same rows; recordings are small as they are."""
+    rows.mkdir(exist_ok=True)
+    for folder in sorted(seed.glob("results*")):
+        with tarfile.open(rows / f"{seed.name}-{folder.name}.tar.xz", "w:xz") as archive:
+            for path in sorted(folder.rglob("*")):
+                if path.is_file() and not path.name.startswith("."):
+                    info = archive.gettarinfo(str(path), path.relative_to(folder).as_posix())
+                    info.mtime = info.uid = info.gid = 0
+                    info.uname = info.gname = ""
+                    with path.open("rb") as file:
+                        archive.addfile(info, file)
+    for folder in sorted(seed.glob("recording-*")):
+        target = rows / f"{seed.name}-{folder.name}"
+        target.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            if not path.name.startswith("."):
+                (target / path.name).write_bytes(path.read_bytes())
