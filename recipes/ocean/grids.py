@@ -22,8 +22,11 @@ SETTINGS = (
     "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "phatgoose-prior prior_strength=1.0",
     "glider global_scale=100.0",
 )  # fmt: skip
-# The same adapters with gates of fewer or more steps; adapters and gates that were trained together.
-GATE_STEPS = {"gates-10": 10, "gates-30": 30, "gates-300": 300}
+# The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
+GATES = {
+    "gates-10": {"steps": 10}, "gates-30": {"steps": 30}, "gates-300": {"steps": 300},
+    "rate-2e-3": {"learning_rate": 2e-3}, "rate-5e-3": {"learning_rate": 5e-3},
+}  # fmt: skip
 JOINT = "joint"
 SIZES = (9, 18)
 # Of each task: a seeded sample, the same for every method and seed.
@@ -36,7 +39,7 @@ class Grid:
 
     Attributes:
         experts: size of the pool, the first so many in an order drawn once; None for all.
-        variant: of the experts, a name in `GATE_STEPS` or `JOINT`; None for the experts themselves.
+        variant: of the experts, a name in `GATES` or `JOINT`; None for the experts themselves.
         seeds: only seeds below it; None for all.
     """
 
@@ -62,7 +65,7 @@ GRIDS = (
     Grid(methods=(OWN,), suites=(HELD_IN,)),
     Grid(methods=(EXPERTS,), suites=HELD_OUT),
     Grid(methods=SETTINGS, suites=ALL, seeds=1),
-    *(Grid(methods=("phatgoose",), suites=ALL, variant=name, seeds=1) for name in (*GATE_STEPS, JOINT)),
+    *(Grid(methods=("phatgoose",), suites=ALL, variant=name, seeds=1) for name in (*GATES, JOINT)),
     *(
         Grid(methods=("phatgoose", "phatgoose-prior", "arrow", "merged"), suites=HELD_OUT, experts=size, seeds=1)
         for size in SIZES

@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from grids import GATE_STEPS, JOINT
+from grids import GATES, JOINT
 from times import timed
 
 from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
@@ -74,13 +74,14 @@ class Training:
 
     def run_variants(self) -> None:
         """The same adapters with other gates, and adapters and gates that are trained together."""
-        for name, steps in GATE_STEPS.items():
+        for name, changes in GATES.items():
             jobs = self.jobs(self.folder / name / "experts")
             for job in jobs:
                 if not job.folder.exists():
                     link_adapter(self.folder / "experts" / job.name, job.folder)
             with timed(self.args, self.seed, name):
-                gates = replace(self.gates, steps=min(steps, self.args.most_gate_steps))
+                gates = replace(self.gates, **changes)
+                gates = replace(gates, steps=min(gates.steps, self.args.most_gate_steps))
                 train_gates(self.model, self.tokenizer, jobs, config=gates, **self.options)
             self.pool(self.folder / name / "pool", jobs)
         jobs = self.jobs(self.folder / JOINT / "experts")

@@ -122,7 +122,7 @@ def mean_activations(
         stream = describe_site(site, encoder_decoder=encoder.encoder_decoder).stream
         layers[site] = AveragingLinear(model.get_submodule(site), weights, stream, model.dtype)
         model.set_submodule(site, layers[site])
-    rows = sorted((encoder.encode(example) for example in examples), key=lambda row: len(row["input_ids"]))
+    rows = sorted(encoder.encode_all(examples), key=lambda row: len(row["input_ids"]))
     try:
         for start in range(0, len(rows), batch_size):
             batch = {k: v.to(model.device) for k, v in encoder.collate(rows[start : start + batch_size]).items()}

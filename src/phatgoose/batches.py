@@ -72,7 +72,7 @@ class Batch:
 
 def encode_rows(encoder: Encoder, examples: Sequence[Example]) -> list[Row]:
     """Examples as numbers."""
-    return [_row(encoder.encode(example)) for example in examples]
+    return [_row(encoded) for encoded in encoder.encode_all(examples)]
 
 
 def _row(encoded: dict[str, list[int]]) -> Row:

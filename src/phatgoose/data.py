@@ -20,6 +20,8 @@ from phatgoose.config import TextConfig
 from phatgoose.errors import DataError
 
 IGNORED = -100  # the label that torch's cross-entropy leaves out
+# Of one call to the tokenizer, whose results are large while they last.
+TEXTS_AT_ONCE = 2000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,12 +88,19 @@ class Encoder:
         self.pad_id: int = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
 
     def prompt(self, text: str) -> list[int]:
-        """Token ids of an input, as the model reads them before it answers.
+        """Token ids of an input; see `prompts`."""
+        return self.prompts([text])[0]
+
+    def prompts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of inputs, as the model reads them before it answers.
 
         An input without tokens becomes EOS, which ends whatever came before: a
-        model cannot answer to nothing.
+        model cannot answer to nothing. Many texts at once are tokenised side by side.
         """
-        ids = self._ids(text if self.encoder_decoder else text + self.text.separator, special=True)
+        separator = "" if self.encoder_decoder else self.text.separator
+        return [self._cut(ids) for ids in self._ids([text + separator for text in texts], special=True)]
+
+    def _cut(self, ids: list[int]) -> list[int]:
         closed = bool(ids) and ids[-1] == self.eos_id
         if closed and not self.encoder_decoder:  # some tokenizers close every text
             ids.pop()
@@ -106,7 +115,12 @@ class Encoder:
 
     def target(self, text: str) -> list[int]:
         """Token ids of a target, EOS at its end."""
-        return [*self._ids(text, special=False)[: self.text.max_target_tokens - 1], self.eos_id]
+        return self.targets([text])[0]
+
+    def targets(self, texts: Sequence[str]) -> list[list[int]]:
+        """`target` of many texts."""
+        most = self.text.max_target_tokens - 1
+        return [[*ids[:most], self.eos_id] for ids in self._ids(texts, special=False)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
@@ -116,9 +130,14 @@ class Encoder:
         """Text of one token, special or not."""
         return str(self.tokenizer.decode([token_id]))
 
-    def _ids(self, text: str, *, special: bool) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=special)["input_ids"]
-        return list(ids)
+    def _ids(self, texts: Sequence[str], *, special: bool) -> Iterator[list[int]]:
+        # Choices, and prompts of leave-one-out, come again and again
+        unique = list(dict.fromkeys(texts))
+        found: dict[str, list[int]] = {}
+        for start in range(0, len(unique), TEXTS_AT_ONCE):
+            some = unique[start : start + TEXTS_AT_ONCE]
+            found.update(zip(some, self.tokenizer(some, add_special_tokens=special)["input_ids"], strict=True))
+        return (list(found[text]) for text in texts)
 
     def row(self, prompt: Sequence[int], target: Sequence[int]) -> dict[str, list[int]]:
         """Model inputs of one example, and `labels`: labels[t] is what logits[t] should predict."""
@@ -134,7 +153,13 @@ class Encoder:
 
     def encode(self, example: Example) -> dict[str, list[int]]:
         """`row` of an example."""
-        return self.row(self.prompt(example.input), self.target(example.target))
+        return self.encode_all([example])[0]
+
+    def encode_all(self, examples: Sequence[Example]) -> list[dict[str, list[int]]]:
+        """`row` of each example."""
+        prompts = self.prompts([example.input for example in examples])
+        targets = self.targets([example.target for example in examples])
+        return [self.row(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
 
     def collate(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """Pad rows on the right into one batch.

@@ -68,7 +68,7 @@ def answers(
     Returns:
         One answer a text, in the order of `texts`.
     """
-    prompts = [encoder.prompt(text) for text in texts]
+    prompts = encoder.prompts(texts)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     found: dict[int, Answer] = {}
     start = 0

@@ -65,13 +65,9 @@ class RoutedLM(HFLM):
 
     def target_loss(self, requests: Sequence[Instance]) -> list[float]:
         """Mean loss per token (nats) of each (input, target), EOS included."""
-        encoded: dict[str, list[int]] = {}
-        pairs = []
-        for request in requests:
-            text, target = request.args
-            if text not in encoded:
-                encoded[text] = self.encoder.prompt(text)
-            pairs.append((encoded[text], self.encoder.target(target)))
+        prompts = self.encoder.prompts([request.args[0] for request in requests])
+        targets = self.encoder.targets([request.args[1] for request in requests])
+        pairs = list(zip(prompts, targets, strict=True))
         sums = target_losses(
             self.routed,
             self.encoder,

@@ -122,8 +122,8 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
         BaseModelError: a routed layer does not see all tokens of a batch.
     """
     masked = (task.name,) if task.suite == LEAVE_ONE_OUT else ()
-    prompts = [encoder.prompt(row.input) for row in task.rows]
-    targets = [encoder.target(row.targets[0]) for row in task.rows]
+    prompts = encoder.prompts([row.input for row in task.rows])
+    targets = encoder.targets([row.targets[0] for row in task.rows])
     rows = [encoder.row(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     linears = model.routed_linears()
     tokens = TokenWeights()

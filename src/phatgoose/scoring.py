@@ -68,11 +68,9 @@ def score(
         batch_tokens: positions of a batch, padding included.
         progress: label of a progress bar; None for none.
     """
-    pairs: list[Pair] = []
-    for example in examples:
-        prompt = encoder.prompt(example.input)
-        answers = [example.target, *(example.choices or ())]
-        pairs.extend((prompt, encoder.target(answer)) for answer in answers)
+    asked = [(one.input, answer) for one in examples for answer in (one.target, *(one.choices or ()))]
+    prompts = encoder.prompts([text for text, _ in asked])
+    pairs: list[Pair] = list(zip(prompts, encoder.targets([answer for _, answer in asked]), strict=True))
     with tqdm(total=len(pairs), desc=progress, disable=progress is None, leave=False) as bar:
         sums = target_losses(model, encoder, pairs, batch_tokens=batch_tokens, on_batch=bar.update)
 

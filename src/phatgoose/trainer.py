@@ -85,8 +85,8 @@ def run_trainer(
         config,
         work,
         save_steps=save_steps,
-        dataset=[encoder.encode(example) for example in examples],
-        validation=[encoder.encode(example) for example in validation],
+        dataset=encoder.encode_all(examples),
+        validation=encoder.encode_all(validation),
         collate=collate,
     )
     trainer.train(resume_from_checkpoint=checkpoint)

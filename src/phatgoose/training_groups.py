@@ -182,4 +182,4 @@ def _interrupted(lead: TrainingJob, is_finished: bool, jobs: Sequence[TrainingJo
 def _lengths(job: TrainingJob, encoder: Encoder) -> list[int]:
     """Lengths of a sample of an expert's rows."""
     step = max(1, len(job.examples) // _SAMPLED)
-    return [len(encoder.encode(example)["input_ids"]) for example in job.examples[::step]]
+    return [len(row["input_ids"]) for row in encoder.encode_all(job.examples[::step])]
