@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from phatgoose.embeddings import EmbeddingsProvenance, save_embeddings
-from phatgoose.errors import RouterError
+from phatgoose.errors import ConfigError, RouterError
 from phatgoose.pool import Pool
 from phatgoose.sentence_encoder import ENCODER, SentenceEncoder
 
@@ -108,6 +108,18 @@ def test_prior_is_the_log_share_of_a_first_pass(kind: str, tmp_path: Path) -> No
     with model.prompts(prompts):
         for linear in model.routed_linears().values():
             assert_close(linear.prompt_bias_BE, torch.stack(expected))
+
+
+def test_a_second_step_routes_with_the_prior_of_the_first(tmp_path: Path) -> None:
+    pool, prompts = make_pool("llama", tmp_path), [token_ids(7, seed=2).tolist()]
+    one = routed(llama(), pool, router="phatgoose-prior")
+    with one.prompts(prompts), one.trace() as trace:
+        logits(one, input_ids=torch.tensor(prompts))
+    share_E = torch.stack([trace.weights(site)[0] for site in trace.sites]).mean(dim=(0, 1))
+    two = routed(llama(), pool, router="phatgoose-prior", prior_steps=2)
+    with two.prompts(prompts):
+        assert_close(two.routed_linears()[SITE].prompt_bias_BE, 2 * torch.log(share_E + 1e-3).unsqueeze(0))
+    fails(ConfigError, "prior_steps", action=lambda: routed(llama(), pool, router="phatgoose-prior", prior_steps=0))
 
 
 def test_prior_is_added_to_the_gates_scores(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ ROUTERS = (
 # GLIDER's authors give unseen tasks 3, which is the default, and seen ones 100
 SETTINGS = (
     "phatgoose-raw", "phatgoose-sequence", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4",
-    "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "phatgoose-prior prior_strength=1.0",
-    "glider global_scale=100.0",
+    "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "glider global_scale=100.0",
+    "phatgoose-prior prior_strength=1.0", "phatgoose-prior prior_strength=4.0", "phatgoose-prior prior_steps=3",
 )  # fmt: skip
 # The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
 GATES = {

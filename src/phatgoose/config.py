@@ -27,6 +27,7 @@ class RouterConfig:
         global_scale: what `glider` multiplies the similarity of prompt and
             expert with; 3 is its authors' value for unseen tasks (held-in: 100).
         prior_strength: what `phatgoose-prior` multiplies its prior with; 0 is `phatgoose`.
+        prior_steps: passes over the prompt that `phatgoose-prior` learns its prior in, each with that of the one before.
         filter_k: experts that `lag` keeps from Arrow for SpectR; 20 in its paper.
     """
 
@@ -37,6 +38,7 @@ class RouterConfig:
     expert: str | None = None
     global_scale: float = 3.0
     prior_strength: float = 2.0
+    prior_steps: int = 1
     filter_k: int = 20
 
     @classmethod
@@ -68,8 +70,9 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.top_k < 1:
             raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
-        if self.filter_k < 1:
-            raise ConfigError("filter_k must be at least 1", found=str(self.filter_k), expected="1 or more")
+        for name in ("filter_k", "prior_steps"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
         for name in ("eps", "global_scale", "prior_strength"):
             if not getattr(self, name) >= 0:  # so written, NaN is refused too
                 raise ConfigError(f"{name} must not be negative", found=str(getattr(self, name)), expected="0 or more")

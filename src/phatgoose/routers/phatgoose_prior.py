@@ -11,7 +11,8 @@ a mixture, and their logarithm is the prior of each token's choice. It needs
 nothing but gates: no data, no encoder, no weight per task. A strength of 1 is that
 prior; 2, the default, acts like more steps, and was chosen on the validation splits
 of the demo pool's own datasets. It costs a second pass over the prompt; answer
-tokens keep the prompt's prior.
+tokens keep the prompt's prior. With `prior_steps`, further passes each route with
+the prior of the one before, as further steps of expectation maximisation do.
 """
 
 from __future__ import annotations
@@ -42,18 +43,31 @@ class PhatgoosePrior(Phatgoose):
     @classmethod
     def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
-        return UsagePrior(config.prior_strength)
+        return UsagePrior(config.prior_strength, config.prior_steps)
 
 
 class UsagePrior(PromptRouter):
-    """Scaled logarithm of each expert's share of a prompt."""
+    """Scaled logarithm of each expert's share of a prompt.
 
-    def __init__(self, strength: float) -> None:
+    Args:
+        strength: what it is scaled with.
+        steps: passes over the prompt.
+    """
+
+    def __init__(self, strength: float, steps: int = 1) -> None:
         self.strength = strength
+        self.steps = steps
 
-    @torch.no_grad()
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
+        bias_BE = torch.zeros(len(prompt_ids), len(model.pool), device=model.device)
+        for _ in range(self.steps):
+            bias_BE = self.strength * torch.log(self._shares(model, prompt_ids, bias_BE) + FLOOR)
+        return bias_BE
+
+    @torch.no_grad()
+    def _shares(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]], bias_BE: torch.Tensor) -> torch.Tensor:
+        """shares_BE: of all routing weights of each prompt, in a pass with this bias."""
         mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(model.device)
         usage = Usage(mask_BS, len(model.pool))
         linears = list(model.routed_linears().values())
@@ -63,14 +77,13 @@ class UsagePrior(PromptRouter):
         try:
             for linear in linears:
                 linear.record = usage
-                linear.prompt_bias_BE = torch.zeros(len(mask_BS), len(model.pool), device=linear.a_ERI.device)
+                linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
             reader = model.get_encoder() if model.config.is_encoder_decoder else model.model.base_model
             reader(**inputs, use_cache=False)
         finally:
-            for linear, (record, bias_BE) in zip(linears, before, strict=True):
-                linear.record, linear.prompt_bias_BE = record, bias_BE
-        share_BE = usage.sums_BE / usage.sums_BE.sum(dim=1, keepdim=True).clamp(min=FLOOR)
-        return self.strength * torch.log(share_BE + FLOOR)
+            for linear, (record, own_BE) in zip(linears, before, strict=True):
+                linear.record, linear.prompt_bias_BE = record, own_BE
+        return usage.sums_BE / usage.sums_BE.sum(dim=1, keepdim=True).clamp(min=FLOOR)
 
 
 class Usage:
