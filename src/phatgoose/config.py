@@ -27,7 +27,8 @@ class RouterConfig:
         global_scale: what `glider` multiplies the similarity of prompt and
             expert with; 3 is its authors' value for unseen tasks (held-in: 100).
         prior_strength: what `phatgoose-prior` multiplies its prior with; 0 is `phatgoose`.
-        prior_steps: passes over the prompt that `phatgoose-prior` learns its prior in, each with that of the one before.
+        prior_steps: passes over the prompt in which `phatgoose-prior` finds its
+            prior, each with that of the one before.
         filter_k: experts that `lag` keeps from Arrow for SpectR; 20 in its paper.
     """
 
