@@ -18,8 +18,10 @@ from phatgoose.base import base_id, load_base, load_tokenizer
 from phatgoose.config import RouterConfig
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.kernels import BACKENDS, Backend
+from phatgoose.kernels.prototypes import Prototypes, split
 from phatgoose.pool import Pool
-from phatgoose.routers import PromptRouter, Router, check_pool
+from phatgoose.routers import PromptRouter, Router, Routing, check_pool
+from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.sites import check_sites
 from phatgoose.stack import SiteStack, stack_sites
 from phatgoose.trace import RoutingRecord, ScoresRecord, Trace
@@ -43,23 +45,42 @@ class RoutedLinear(WrappedLinear):
 
     a_ERI: torch.Tensor
     b_ERO: torch.Tensor
+    hi_EI: torch.Tensor
+    lo_EI: torch.Tensor | None
+    sums_E: torch.Tensor
 
     def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
         super().__init__(base)
         self.router = router
-        self.backend = backend
+        device = next((p.device for p in base.parameters()), torch.device("cpu"))
+        self.backend = kernels.resolve(backend, device, stack.a_ERI.dtype)
         self.record: RoutingRecord | ScoresRecord | None = None
         self.prompt_bias_BE: torch.Tensor | None = None
         self.prompt_mask_BE: torch.Tensor | None = None
         self.mask_1E: torch.Tensor | None = None
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
+        self.fused = False
+        if self.backend == "triton":
+            kernels.load("triton")  # registers its operators
+        if self.backend == "triton" and isinstance(router, Phatgoose) and router.standardises:
+            self.fused = True
+            prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
+            self.eps: float = router.eps
+            for name, tensor in prototypes._asdict().items():
+                self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
         y: torch.Tensor = self.base(x)
         x_NI = x.reshape(-1, x.shape[-1])
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
+        in_place = self._in_place(x_NI, y)
+        if self.fused and in_place and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord):
+            routing = self._route_and_add(y.view(-1, y.shape[-1]), x_NI, bias_NE, mask_NE)
+            if self.record is not None:
+                self.record.append(routing, x.shape[:-1])
+            return y
         if isinstance(self.record, ScoresRecord):
             scores_NE = self.router.final_scores(x_NI, bias_NE, mask_NE)
             routing = self.router.choose(scores_NE, mask_NE)
@@ -71,11 +92,42 @@ class RoutedLinear(WrappedLinear):
         x_NI = x_NI.to(self.a_ERI.dtype)
         if self.router.mixing == "parameters":
             update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
+        elif in_place:
+            kernels.add_loras(y.view(-1, y.shape[-1]), x_NI, self.a_ERI, self.b_ERO, *routing)
+            return y
         else:
             update_NO = kernels.mix_loras(
                 x_NI, self.a_ERI, self.b_ERO, routing.weights_NK, routing.expert_ids_NK, self.backend
             )
         return y + update_NO.view(y.shape).to(y.dtype)
+
+    def _in_place(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether updates may be added into the base's output: by kernels that can, and if nothing wants a gradient."""
+        if self.backend != "triton" or not y.is_contiguous():
+            return False
+        return not (torch.is_grad_enabled() and (x_NI.requires_grad or y.requires_grad))
+
+    def _route_and_add(
+        self, y_NO: torch.Tensor, x_NI: torch.Tensor, bias_NE: torch.Tensor | None, mask_NE: torch.Tensor | None
+    ) -> Routing:
+        """What `forward` does, in one operator."""
+        added_NE = self.router.absent_E.unsqueeze(0)
+        for term_NE in (bias_NE, mask_NE):
+            if term_NE is not None:
+                added_NE = added_NE + term_NE
+        prototypes = Prototypes(self.hi_EI, self.lo_EI, self.sums_E)
+        weights_NK, expert_ids_NK = kernels.route_and_add(
+            y_NO,
+            x_NI,
+            self.a_ERI,
+            self.b_ERO,
+            prototypes,
+            added_NE,
+            top_k=self.router.top_k,
+            eps=self.eps,
+            temperature=self.router.temperature,
+        )
+        return Routing(weights_NK, expert_ids_NK)
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
         """Each token's row of `prompt_bias_BE`."""
@@ -372,5 +424,8 @@ def _move_buffers(routed: RoutedLinear, linear: nn.Module) -> RoutedLinear:
     device = next((p.device for p in linear.parameters()), torch.device("cpu"))
     routed.a_ERI = routed.a_ERI.to(device)
     routed.b_ERO = routed.b_ERO.to(device)
+    if routed.fused:
+        routed.hi_EI, routed.sums_E = routed.hi_EI.to(device), routed.sums_E.to(device)
+        routed.lo_EI = None if routed.lo_EI is None else routed.lo_EI.to(device)
     routed.router.to(device)
     return routed

@@ -17,7 +17,7 @@ MOST_PAIRS_UNSORTED = 128
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts
-_SORT_TILE = 16384
+_SORT_TILE = 8192
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +84,7 @@ def few(num_tokens: int, num_experts: int, in_features: int) -> Few:
         scores = Scores(block_n=block_n, block_e=16, block_i=128, splits=splits)
     return Few(
         scores=scores,
-        shrink_splits=_splits(8 * num_tokens, in_features, 256, most=16),
+        shrink_splits=_splits(num_tokens, in_features, 256, most=16),
         shrink_block_i=256,
         expand_block_o=128 if num_tokens <= 4 else 256,
     )
@@ -102,9 +102,9 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Man
         scores=Scores(
             block_n=128, block_e=block_e, block_i=64, splits=_splits(programs, in_features, 64, most=8), warps=8
         ),
-        choose_block_n=min(64, max(16, _SORT_TILE // e_pad)),
-        most_blocks=64,
-        sort_block_c=max(1, min(64, _SORT_TILE // (k_pad * e_pad))),
+        choose_block_n=min(32, max(16, _SORT_TILE // e_pad)),
+        most_blocks=128,
+        sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
         shrink_rows=shrink_rows,
         shrink_block_i=128,
         shrink_splits=_splits(tiles // 2, in_features, 128, most=4),
