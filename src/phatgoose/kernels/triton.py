@@ -6,8 +6,8 @@ shapes alone, so they go through torch.compile(fullgraph=True) and CUDA graphs.
 A trailing underscore: adds into its first argument.
 
 On other devices an operator is what `phatgoose.kernels.choose` says; so it is on
-CUDA for more than 8 experts per token. Only `mix_loras` has a gradient (the
-grouped backend's); the others are for inference (see `phatgoose.kernels.add_loras`).
+CUDA for more than 8 experts per token. Only `mix_loras` has a gradient; the
+others are for inference (see `phatgoose.kernels.add_loras`).
 
 Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
 """
@@ -238,13 +238,24 @@ def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> N
 
 
 def _backward(ctx: Any, gradient_NO: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    *factors, expert_ids_NK = ctx.saved_tensors
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(needed) for t, needed in zip(factors, ctx.needs_input_grad, strict=False)]
-        y_NO = load("grouped")(leaves[0], leaves[1], leaves[2], leaves[3], expert_ids_NK)
-    wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    found = iter(torch.autograd.grad(y_NO, wanted, gradient_NO))
-    return (*(next(found) if leaf.requires_grad else None for leaf in leaves), None)
+    """As the dense backend's: plain products, which every compiler can trace. Memory: a few times N * E * R."""
+    x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK = ctx.saved_tensors
+    num_experts, rank, _ = a_ERI.shape
+    a_SI, b_SO = a_ERI.reshape(num_experts * rank, -1), b_ERO.reshape(num_experts * rank, -1)
+    weights_NE = weights_NK.new_zeros(x_NI.shape[0], num_experts).scatter_add(1, expert_ids_NK, weights_NK)
+    weights_NE1 = weights_NE.to(x_NI.dtype).unsqueeze(2)
+    h_NER = (x_NI @ a_SI.T).view(-1, num_experts, rank)
+    back_NER = (gradient_NO @ b_SO.T).view(-1, num_experts, rank)
+    weighted_NS = (back_NER * weights_NE1).flatten(1)
+    wants_x, wants_a, wants_b, wants_w, _ = ctx.needs_input_grad
+    slopes_NE = (h_NER.float() * back_NER.float()).sum(2) if wants_w else None
+    return (
+        weighted_NS @ a_SI if wants_x else None,
+        (weighted_NS.T @ x_NI).view_as(a_ERI) if wants_a else None,
+        ((h_NER * weights_NE1).flatten(1).T @ gradient_NO).view_as(b_ERO) if wants_b else None,
+        None if slopes_NE is None else slopes_NE.gather(1, expert_ids_NK).to(weights_NK.dtype),
+        None,
+    )
 
 
 mix_loras.register_autograd(_backward, setup_context=_keep)
