@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from triton.runtime.jit import JITFunction
 
 from phatgoose.kernels import launches, settings, sorted_launches
 
+RANK, TOP_K = 16, 2
 TARGET = GPUTarget("cuda", 90, 32)
 TYPES = {
     torch.float32: "*fp32",
@@ -73,24 +76,24 @@ class Launch:
             self.kernel,
             {name: signature[name] for name in names},
             {(names.index(name),): value for name, value in constants.items()},
-            {(names.index(name),): [["tt.divisibility", 16]] for name in self._attributes()},
+            {(names.index(name),): value for name, value in self._attributes().items()},
         )
         return triton.compile(source, target=TARGET, options=self.options)
 
     def _signature(self) -> dict[str, str]:
         return {p.name: "constexpr" if p.is_constexpr else _type(self.arguments[p.name]) for p in self.kernel.params}
 
-    def _attributes(self) -> dict[str, int]:
-        """Arguments that are multiples of 16; torch aligns all tensors."""
-        return {
-            p.name: 16
-            for p in self.kernel.params
-            if p.name not in self.constants
-            and (
-                isinstance(self.arguments[p.name], torch.Tensor)
-                or (_specialised(p) and type(self.arguments[p.name]) is int and self.arguments[p.name] % 16 == 0)
-            )
-        }
+    def _attributes(self) -> dict[str, list[list[Any]]]:
+        """What Triton knows of arguments, written as it does itself: which are multiples of 16, as all tensors are."""
+        found: dict[str, list[list[Any]]] = {}
+        for p in self.kernel.params:
+            value = self.arguments[p.name]
+            if p.name in self.constants:
+                continue
+            if isinstance(value, torch.Tensor) or (_specialised(p) and type(value) is int):
+                divides = isinstance(value, torch.Tensor) or value % 16 == 0
+                found[p.name] = [["tt.divisibility", 16]] if divides else []
+        return found
 
 
 @contextmanager
@@ -114,28 +117,50 @@ def layer_launches(
     inputs: int,
     outputs: int,
     *,
-    rank: int = 16,
-    top_k: int = 2,
-    dtype: torch.dtype = torch.bfloat16,
     pdl: bool = False,
+    bias: bool = True,
+    chosen: settings.Few | settings.Many | None = None,
 ) -> list[Launch]:
-    """What one routed layer launches."""
+    """What one routed bf16 layer launches: rank 16, top-2, the shape's own settings unless `chosen`."""
+    if chosen is None:
+        few = settings.takes_few(tokens, TOP_K)
+        chosen = settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
+    chosen = dataclasses.replace(chosen, pdl=pdl or chosen.pdl)
     with FakeTensorMode(), recorded() as found:
-        new = {"device": "cuda", "dtype": dtype}
-        x, y = torch.empty(tokens, inputs, **new), torch.empty(tokens, outputs, **new)
-        a, b = torch.empty(experts, rank, inputs, **new), torch.empty(experts, rank, outputs, **new)
-        hi = torch.empty(experts, inputs, **new)
-        lo = None if dtype == torch.float32 else torch.empty_like(hi)
-        sums = torch.empty(experts, device="cuda")
-        bias = torch.empty(1, experts, device="cuda")
-        question = launches.Question(hi, lo, sums, bias, top_k, 1e-5, 1.0)
-        if settings.takes_few(tokens, top_k):
-            few = dataclasses.replace(settings.few(tokens, experts, inputs), pdl=pdl)
-            launches.add_few(y, x, a, b, question, few)
+        new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
+        x_NI, y_NO = torch.empty(tokens, inputs, **new), torch.empty(tokens, outputs, **new)
+        a_ERI, b_ERO = torch.empty(experts, RANK, inputs, **new), torch.empty(experts, RANK, outputs, **new)
+        hi_EI = torch.empty(experts, inputs, **new)
+        bias_NE = torch.empty(1, experts, device="cuda") if bias else None
+        sums_E = torch.empty(experts, device="cuda")
+        question = launches.Question(hi_EI, torch.empty_like(hi_EI), sums_E, bias_NE, TOP_K, 1e-5, 1.0)
+        if isinstance(chosen, settings.Few):
+            launches.add_few(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
         else:
-            many = dataclasses.replace(settings.many(tokens, top_k, experts, inputs), pdl=pdl)
-            sorted_launches.add_many(y, x, a, b, question, many)
+            sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
     return found
+
+
+def compile_layers(layers: Sequence[Mapping[str, Any]]) -> int:
+    """Compile what these layers (arguments of `layer_launches`) launch, with all cores, into Triton's cache.
+
+    A later launch with the same arguments finds it there.
+
+    Returns:
+        How many different kernels.
+    """
+    jobs: dict[Any, tuple[Mapping[str, Any], int]] = {}
+    for layer in layers:
+        for index, launch in enumerate(layer_launches(**layer)):
+            jobs.setdefault(launch.variant(), (layer, index))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile_job, jobs.values(), chunksize=1))
+    return len(jobs)
+
+
+def _compile_job(job: tuple[Mapping[str, Any], int]) -> None:
+    layer, index = job
+    layer_launches(**layer)[index].compile()
 
 
 def usage(compiled: Any) -> dict[str, int]:
