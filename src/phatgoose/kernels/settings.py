@@ -98,11 +98,11 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Man
     shrink_rows = _rows(num_tokens * top_k / num_experts)
     expand_rows = _rows(num_tokens / num_experts)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
+    # what chooses holds a row's splits in registers
+    splits = _splits(programs, in_features, 64, most=8 if num_experts <= 256 else 2)
     return Many(
-        scores=Scores(
-            block_n=128, block_e=block_e, block_i=64, splits=_splits(programs, in_features, 64, most=8), warps=8
-        ),
-        choose_block_n=min(32, max(16, _SORT_TILE // e_pad)),
+        scores=Scores(block_n=128, block_e=block_e, block_i=64, splits=splits, warps=8),
+        choose_block_n=min(32, max(8, _SORT_TILE // e_pad)),
         most_blocks=128,
         sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
         shrink_rows=shrink_rows,
