@@ -124,7 +124,7 @@ def descend(
         for other in candidates(chosen, table, field, layers[0]):
             try:
                 check(layers[0], partial(with_kernels, chosen=other))
-            except (SystemExit, Exception) as error:  # too much shared memory, for one
+            except Exception as error:  # too much shared memory, for one
                 print(f"  {field}: {_value(other, field)} fails: {type(error).__name__} {str(error)[:90]}", flush=True)
                 continue
             options[str(_value(other, field))] = other
