@@ -30,7 +30,7 @@ from replays import microseconds
 from torch.nn import functional as F
 
 from phatgoose.kernels import load, settings
-from phatgoose.kernels.launches import Choice, Question, add_few, expand, shrink
+from phatgoose.kernels.launches import Choice, Question, add_few, linear_and_add
 from phatgoose.kernels.prototypes import split
 from phatgoose.kernels.sorted_launches import add_many
 
@@ -83,16 +83,9 @@ def with_kernels(layer: Layer, chosen: settings.Few | settings.Many, base_layer:
     return y_NO, add(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, layer.question, chosen)  # type: ignore[operator]
 
 
-def beside(layer: Layer, chosen: settings.Few, stream: torch.cuda.Stream) -> Result:
+def beside(layer: Layer, chosen: settings.Few) -> Result:
     """Ours for few tokens, the base layer at the same time as routing and A."""
-    main = torch.cuda.current_stream()
-    stream.wait_stream(main)
-    with torch.cuda.stream(stream):
-        h_SNKR, choice = shrink(layer.x_NI, layer.a_ERI, layer.question, chosen)
-    y_NO = base(layer)
-    main.wait_stream(stream)
-    expand(y_NO, h_SNKR, layer.b_ERO, choice.expert_ids_NK, chosen)
-    return y_NO, choice
+    return linear_and_add(layer.x_NI, layer.w_OI, None, layer.a_ERI, layer.b_ERO, layer.question, chosen)
 
 
 def with_torch(layer: Layer, backend: str) -> Result:
@@ -118,9 +111,8 @@ def routed_methods(tokens: int, experts: int, inputs: int, device: str, torch_ba
         for pdl in (False, True) if device == "cuda" else (False,):
             chosen = dataclasses.replace(plain, pdl=pdl)
             methods[f"triton, {name}{', pdl' if pdl else ''}"] = partial(with_kernels, chosen=chosen)
-        if few and device == "cuda":
-            stream = torch.cuda.Stream()
-            methods["triton, few, beside the base"] = partial(beside, chosen=plain, stream=stream)  # type: ignore[arg-type]
+            if few and device == "cuda":
+                methods[f"triton, few, beside the base{', pdl' if pdl else ''}"] = partial(beside, chosen=chosen)  # type: ignore[arg-type]
     if torch_backends:
         backends = ["grouped"] + ["gather"] * (tokens <= 64) + ["dense"] * (experts <= 64)
         methods |= {f"torch, {backend}": partial(with_torch, backend=backend) for backend in backends}

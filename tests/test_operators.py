@@ -58,6 +58,19 @@ def test_operators_that_add_are_sound() -> None:
         )
 
 
+def test_routed_linear_is_both() -> None:
+    kernels.load("triton")
+    x_NI, *factors = arguments()
+    base = torch.nn.Linear(INPUTS, OUTPUTS).requires_grad_(False)
+    rest = (*factors, *split(torch.randn(EXPERTS, INPUTS), torch.float32), torch.randn(1, EXPERTS), 2, 1e-5, 1.0)
+    torch.library.opcheck(torch.ops.phatgoose.routed_linear.default, (x_NI, base.weight, base.bias, *rest))
+    y_NO = base(x_NI)
+    choice = torch.ops.phatgoose.route_and_add_(y_NO, x_NI, *rest)
+    found = torch.ops.phatgoose.routed_linear(x_NI, base.weight, base.bias, *rest)
+    for once, again in zip(found, (y_NO, *choice), strict=True):
+        assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_prototypes_add_up(dtype: torch.dtype) -> None:
     prototypes_EI = torch.randn(EXPERTS, INPUTS) / INPUTS**0.5
@@ -82,6 +95,20 @@ def test_fused_layer_is_the_layer() -> None:
             plain.mask_1E = fused.mask_1E = mask_1E
             torch.testing.assert_close(fused(x), plain(x))
         torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
+
+
+def test_base_layer_inside_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = make_linear("reference")
+    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", True)
+    beside = make_linear("triton")
+    assert beside.beside
+    x = torch.randn(2, 3, INPUTS)
+    compiled = torch.compile(beside, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        for layer in (beside, compiled):
+            torch.testing.assert_close(layer(x), plain(x))
+    x.requires_grad_()
+    assert beside(x).requires_grad  # the other way
 
 
 def test_gradients_take_the_other_way() -> None:

@@ -3,8 +3,8 @@
     y[n] = sum over k of weights[n, k] * B[ids[n, k]] A[ids[n, k]] x[n]
 
 `mix_parameters` is another operation, for routers that merge A and B before they act.
-`add_loras` and `route_and_add` add the updates into a layer's output in place; they
-are for inference and for the "triton" backend, whose kernels do that at no cost.
+`add_loras` adds the updates into a layer's output in place, for inference: the "triton"
+backend does that at no cost. Its operators that route too are in `triton.py`.
 
 Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
 R rank. Backends take plain tensors and know nothing of models.
@@ -18,12 +18,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, get_args
 
 import torch
-
-if TYPE_CHECKING:
-    from phatgoose.kernels.prototypes import Prototypes
 
 Backend = Literal["auto", "reference", "gather", "grouped", "dense", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
@@ -77,35 +74,6 @@ def add_loras(
     """
     _refuse_gradients(y_NO, x_NI, a_ERI, b_ERO, weights_NK)
     torch.ops.phatgoose.add_loras_(y_NO, x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
-
-
-def route_and_add(
-    y_NO: torch.Tensor,
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    prototypes: Prototypes,
-    bias_NE: torch.Tensor | None,
-    *,
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts and add their updates to y_NO in place, by the "triton" backend.
-
-    See `phatgoose.kernels.triton.route_and_add_`.
-
-    Returns:
-        (weights_NK in fp32, expert_ids_NK in int64).
-
-    Raises:
-        RuntimeError: an argument wants a gradient.
-    """
-    _refuse_gradients(y_NO, x_NI, a_ERI, b_ERO)
-    weights_NK, expert_ids_NK = torch.ops.phatgoose.route_and_add_(
-        y_NO, x_NI, a_ERI, b_ERO, *prototypes, bias_NE, top_k, eps, temperature
-    )
-    return weights_NK, expert_ids_NK
 
 
 def mix_parameters(

@@ -10,6 +10,7 @@ Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R ra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +48,9 @@ class Choice(NamedTuple):
     expert_ids_NK: torch.Tensor
 
 
-def score(x_NI: torch.Tensor, question: Question, settings: Scores, pdl: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def score(
+    x_NI: torch.Tensor, question: Question, settings: Scores, pdl: bool, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(dots_SNE, stats_SN2), fp32."""
     (num_tokens, in_features), num_experts = x_NI.shape, question.hi_EI.shape[0]
     dots_SNE = x_NI.new_empty(settings.splits, num_tokens, num_experts, dtype=torch.float32)
@@ -57,70 +60,83 @@ def score(x_NI: torch.Tensor, question: Question, settings: Scores, pdl: bool) -
         triton.cdiv(num_experts, settings.block_e),
         settings.splits,
     )
-    partial_scores[grid](
-        x_NI,
-        question.hi_EI,
-        question.hi_EI if question.lo_EI is None else question.lo_EI,
-        dots_SNE,
-        stats_SN2,
-        num_tokens,
-        num_experts,
-        in_features,
-        x_NI.stride(0),
-        BLOCK_N=settings.block_n,
-        BLOCK_E=settings.block_e,
-        BLOCK_I=settings.block_i,
-        STEPS=steps_of(in_features, settings.block_i, settings.splits),
-        HAS_LO=question.lo_EI is not None,
-        UPCAST=not x_NI.is_cuda,
-        **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
-    )
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        partial_scores[grid](
+            x_NI,
+            question.hi_EI,
+            question.hi_EI if question.lo_EI is None else question.lo_EI,
+            dots_SNE,
+            stats_SN2,
+            num_tokens,
+            num_experts,
+            in_features,
+            x_NI.stride(0),
+            BLOCK_N=settings.block_n,
+            BLOCK_E=settings.block_e,
+            BLOCK_I=settings.block_i,
+            STEPS=steps_of(in_features, settings.block_i, settings.splits),
+            HAS_LO=question.lo_EI is not None,
+            UPCAST=not x_NI.is_cuda,
+            **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
+        )
     return dots_SNE, stats_SN2
 
 
 def shrink(
-    x_NI: torch.Tensor, a_ERI: torch.Tensor, routing: Question | Choice, settings: Few
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    routing: Question | Choice,
+    settings: Few,
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, Choice]:
-    """(h_SNKR, fp32, times the routing weights; the choice). Few tokens; chooses if it is given a question."""
+    """(h_SNKR, fp32, times the routing weights; the choice). Few tokens.
+
+    Args:
+        routing: a question is answered first.
+        scored: what `score` found for the question; asked for if None.
+        stream: where kernels run, if not on the current stream, whose memory they use all the same.
+    """
     (num_tokens, in_features), (num_experts, rank, _) = x_NI.shape, a_ERI.shape
     pdl = settings.pdl and x_NI.is_cuda
     if isinstance(routing, Question):
-        dots_SNE, stats_SN2 = score(x_NI, routing, settings.scores, pdl)
+        dots_SNE, stats_SN2 = scored or score(x_NI, routing, settings.scores, pdl, stream)
         choice = empty_choice(x_NI, routing.top_k)
-        scored, splits = inputs_of_choice(dots_SNE, stats_SN2, routing), settings.scores.splits
+        read, splits = inputs_of_choice(dots_SNE, stats_SN2, routing), settings.scores.splits
         eps, temperature, has_bias = routing.eps, routing.temperature, routing.bias_NE is not None
     else:
         choice = routing
-        scored, splits = (choice.weights_NK,) * 4, 1
+        read, splits = (choice.weights_NK,) * 4, 1
         eps, temperature, has_bias = 0.0, 1.0, False
     top_k = choice.weights_NK.shape[1]
     h_SNKR = x_NI.new_empty(settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
-    shrink_few[(num_tokens, settings.shrink_splits)](
-        x_NI,
-        *scored,
-        a_ERI,
-        choice.weights_NK,
-        choice.expert_ids_NK,
-        h_SNKR,
-        num_tokens,
-        num_experts,
-        in_features,
-        rank,
-        x_NI.stride(0),
-        bias_stride(routing),
-        eps,
-        temperature,
-        SPLITS=splits,
-        E_PAD=power_of_two(num_experts),
-        TOP_K=top_k,
-        K_PAD=power_of_two(top_k),
-        R_PAD=power_of_two(rank),
-        BLOCK_I=settings.shrink_block_i,
-        STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
-        HAS_BIAS=has_bias,
-        ROUTE=isinstance(routing, Question),
-        **options(pdl, settings.shrink_warps),
-    )
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        shrink_few[(num_tokens, settings.shrink_splits)](
+            x_NI,
+            *read,
+            a_ERI,
+            choice.weights_NK,
+            choice.expert_ids_NK,
+            h_SNKR,
+            num_tokens,
+            num_experts,
+            in_features,
+            rank,
+            x_NI.stride(0),
+            bias_stride(routing),
+            eps,
+            temperature,
+            SPLITS=splits,
+            E_PAD=power_of_two(num_experts),
+            TOP_K=top_k,
+            K_PAD=power_of_two(top_k),
+            R_PAD=power_of_two(rank),
+            BLOCK_I=settings.shrink_block_i,
+            STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+            HAS_BIAS=has_bias,
+            ROUTE=isinstance(routing, Question),
+            **options(pdl, settings.shrink_warps),
+        )
     return h_SNKR, choice
 
 
@@ -158,6 +174,33 @@ def add_few(
     h_SNKR, choice = shrink(x_NI, a_ERI, routing, settings)
     expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
     return choice
+
+
+def linear_and_add(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    question: Question,
+    settings: Few,
+) -> tuple[torch.Tensor, Choice]:
+    """(the layer's output, the choice), for few tokens.
+
+    Routing and A run at the same time as the base layer, on another stream (in a captured graph: another branch).
+    All memory is this stream's: the other one waits for it first, and it for the other one before anything that the
+    other one uses is freed. So the scores are held here.
+    """
+    main = torch.cuda.current_stream(x_NI.device)
+    stream = torch.cuda.Stream(x_NI.device)
+    stream.wait_stream(main)
+    scored = score(x_NI, question, settings.scores, settings.pdl, stream)
+    h_SNKR, choice = shrink(x_NI, a_ERI, question, settings, scored, stream)
+    y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+    main.wait_stream(stream)
+    del scored
+    expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
+    return y_NO, choice
 
 
 def empty_choice(x_NI: torch.Tensor, top_k: int) -> Choice:

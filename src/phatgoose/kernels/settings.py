@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
+# whether few tokens' routing and A run beside the base layer, on another stream; measure before switching it on
+BASE_BESIDE = False
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts

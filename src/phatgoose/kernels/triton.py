@@ -88,6 +88,36 @@ def route_and_add_(
     return weights_NK, expert_ids_NK
 
 
+@torch.library.custom_op("phatgoose::routed_linear", mutates_args=())
+def routed_linear(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    hi_EI: torch.Tensor,
+    lo_EI: torch.Tensor | None,
+    sums_E: torch.Tensor,
+    bias_NE: torch.Tensor | None,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A linear layer and `route_and_add_`; on CUDA and for few tokens at the same time.
+
+    Args:
+        weight_OI, bias_O: the base layer's.
+
+    Returns:
+        (y_NO, weights_NK in fp32, expert_ids_NK in int64).
+    """
+    y_NO = F.linear(x_NI, weight_OI, bias_O)
+    weights_NK, expert_ids_NK = route_and_add_(
+        y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
+    )
+    return y_NO, weights_NK, expert_ids_NK
+
+
 def _mix(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, w_NK: torch.Tensor, ids_NK: torch.Tensor) -> Any:
     backend = choose(x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
     return load(backend)(x_NI, a_ERI, b_ERO, w_NK, ids_NK)
@@ -166,15 +196,57 @@ def _(
     return choice.weights_NK, choice.expert_ids_NK
 
 
+@routed_linear.register_kernel("cuda")
+def _(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    hi_EI: torch.Tensor,
+    lo_EI: torch.Tensor | None,
+    sums_E: torch.Tensor,
+    bias_NE: torch.Tensor | None,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    from phatgoose.kernels import launches, settings
+
+    num_tokens, in_features = x_NI.shape
+    if num_tokens == 0 or top_k > MOST_TOP_K or not settings.takes_few(num_tokens, top_k):
+        y_NO = F.linear(x_NI, weight_OI, bias_O)
+        weights_NK, expert_ids_NK = route_and_add_(
+            y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
+        )
+        return y_NO, weights_NK, expert_ids_NK
+    question = launches.Question(
+        hi_EI, lo_EI, sums_E, None if bias_NE is None else bias_NE.float().contiguous(), top_k, eps, temperature
+    )
+    x_NI = x_NI.contiguous()
+    _check(x_NI, a_ERI, b_ERO, question)
+    few = settings.few(num_tokens, a_ERI.shape[0], in_features)
+    with torch.cuda.device(x_NI.device):
+        y_NO, choice = launches.linear_and_add(
+            x_NI, weight_OI, bias_O, a_ERI.contiguous(), b_ERO.contiguous(), question, few
+        )
+    return y_NO, choice.weights_NK, choice.expert_ids_NK
+
+
+def _check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> None:
+    """What kernels would not notice."""
+    if x_NI.dtype not in DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
+        raise TypeError(f"x, a and b must share one of {DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
+    if hasattr(routing, "hi_EI") and routing.hi_EI.dtype != x_NI.dtype:
+        raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
+
+
 def _launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> Any:
     """Check what kernels would not notice, then launch."""
     # triton is imported here: the operators exist without it
     from phatgoose.kernels import launches, settings, sorted_launches
 
-    if x_NI.dtype not in DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
-        raise TypeError(f"x, a and b must share one of {DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
-    if isinstance(routing, launches.Question) and routing.hi_EI.dtype != x_NI.dtype:
-        raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
+    _check(x_NI, a_ERI, b_ERO, routing)
     if y_NO.stride(1) != 1:
         raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
@@ -231,6 +303,26 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (x_NI.shape[0], top_k)
     return x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
+
+
+@routed_linear.register_fake
+def _(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    hi_EI: torch.Tensor,
+    lo_EI: torch.Tensor | None,
+    sums_E: torch.Tensor,
+    bias_NE: torch.Tensor | None,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shape = (x_NI.shape[0], top_k)
+    weights_NK, expert_ids_NK = x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
+    return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]), weights_NK, expert_ids_NK
 
 
 def _keep(ctx: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
