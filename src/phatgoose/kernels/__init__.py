@@ -4,7 +4,7 @@
 
 `mix_parameters` is another operation, for routers that merge A and B before they act.
 `add_loras` adds the updates into a layer's output in place, for inference: the "triton"
-backend does that at no cost. Its operators that route too are in `triton.py`.
+backend does that at no cost. `routing_operators.py` has what routes too.
 
 Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
 R rank. Backends take plain tensors and know nothing of models.
