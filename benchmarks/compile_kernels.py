@@ -160,7 +160,11 @@ def compile_layers(layers: Sequence[Mapping[str, Any]]) -> int:
 
 def _compile_job(job: tuple[Mapping[str, Any], int]) -> None:
     layer, index = job
-    layer_launches(**layer)[index].compile()
+    launch = layer_launches(**layer)[index]
+    try:
+        launch.compile()
+    except Exception as error:  # whoever launches it will see it again
+        print(f"{launch.kernel.__name__} {launch.constants}: {type(error).__name__} {str(error)[:200]}", flush=True)
 
 
 def usage(compiled: Any) -> dict[str, int]:

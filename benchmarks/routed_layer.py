@@ -2,6 +2,7 @@
 
     python benchmarks/routed_layer.py --out benchmarks/rows/routed_layer.csv
     python benchmarks/routed_layer.py --sweep        # block sizes, splits and warps
+    python benchmarks/routed_layer.py --profile      # each kernel by itself
     python benchmarks/routed_layer.py --device cpu   # a rehearsal at tiny size, in Triton's interpreter
 
 bf16, rank 16, top-2. "one LoRA" is three plain products and an add. Every method runs over several layers with
@@ -213,6 +214,33 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
     return rows
 
 
+def profile(args: argparse.Namespace) -> None:
+    """Print the device time of each kernel of one layer, in microseconds."""
+    for shape, experts, tokens in ((s, e, t) for s in args.shapes for e in args.experts for t in args.tokens):
+        inputs, outputs = map(int, shape.split("x"))
+        layers = layers_of(tokens, experts, inputs, outputs, "cuda")
+        chosen = chosen_settings(tokens, experts, inputs, few=settings.takes_few(tokens, TOP_K))
+        methods: dict[str, Callable[[Layer], object]] = {
+            "one LoRA": one_lora,
+            "triton": partial(with_kernels, chosen=chosen),
+        }
+        for name, method in methods.items():
+            for layer in layers:
+                method(layer)
+            torch.cuda.synchronize()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+                for layer in layers * 5:
+                    method(layer)
+                torch.cuda.synchronize()
+            times = {e.key[:60]: e.self_device_time_total / (5 * len(layers)) for e in found.key_averages()}
+            print(
+                f"{shape} N {experts} T {tokens} {name}: {sum(times.values()):.1f} = "
+                + " + ".join(f"{time:.1f} {kernel}" for kernel, time in times.items() if time > 0),
+                flush=True,
+            )
+        del layers
+
+
 def compile_first(args: argparse.Namespace) -> None:
     """Compile with all cores what `measure` will launch."""
     from compile_kernels import compile_layers
@@ -239,7 +267,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=120, help="begin no shape after this")
     parser.add_argument("--torch-backends", action="store_true", help="measure those too")
-    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="settings, one field after the other")
+    parser.add_argument("--profile", action="store_true", help="time of each kernel instead")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     tiny = args.device == "cpu"
@@ -253,6 +282,9 @@ def main() -> None:
         return
     if not tiny:
         compile_first(args)
+    if args.profile:
+        profile(args)
+        return
     rows = measure(args)
     if args.out:
         replace_rows(args.out, rows, "device")
