@@ -3,6 +3,8 @@
     y[n] = sum over k of weights[n, k] * B[ids[n, k]] A[ids[n, k]] x[n]
 
 `mix_parameters` is another operation, for routers that merge A and B before they act.
+`add_loras` adds the updates into a layer's output in place, for inference: the "triton"
+backend does that at no cost. `routing_operators.py` has what routes too.
 
 Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
 R rank. Backends take plain tensors and know nothing of models.
@@ -15,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
-Backend = Literal["auto", "reference", "gather", "grouped", "dense"]
+Backend = Literal["auto", "reference", "gather", "grouped", "dense", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
@@ -47,9 +50,30 @@ def mix_loras(
     Returns:
         y_NO in the dtype of x_NI.
     """
+    backend = resolve(backend, x_NI.device, x_NI.dtype)
     if backend == "auto":
         backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
     return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
+
+
+def add_loras(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    weights_NK: torch.Tensor,
+    expert_ids_NK: torch.Tensor,
+) -> None:
+    """y_NO += `mix_loras` by the "triton" backend, in place.
+
+    Args:
+        y_NO: what is added to; any float dtype, the numbers of a row side by side.
+
+    Raises:
+        RuntimeError: an argument wants a gradient.
+    """
+    _refuse_gradients(y_NO, x_NI, a_ERI, b_ERO, weights_NK)
+    torch.ops.phatgoose.add_loras_(y_NO, x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
 
 
 def mix_parameters(
@@ -74,8 +98,15 @@ def mix_parameters(
     return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
 
 
+def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
+    """ "auto" on a GPU is "triton" if that can be imported; everything else stays what it is."""
+    if backend != "auto" or device.type != "cuda" or dtype == torch.float64:
+        return backend
+    return "triton" if find_spec("triton") else "auto"
+
+
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
-    """The backend for a shape. Depends on nothing else, so that equal calls run equal code."""
+    """The PyTorch backend for a shape. Depends on nothing else, so that equal calls run equal code."""
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
@@ -89,3 +120,8 @@ def load(backend: Backend) -> MixLoras:
     """A backend's function. Backends are imported when first used."""
     function: MixLoras = import_module(f"phatgoose.kernels.{backend}").mix_loras
     return function
+
+
+def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        raise RuntimeError("adding in place has no gradient: use phatgoose.kernels.mix_loras, or torch.no_grad()")

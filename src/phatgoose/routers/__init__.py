@@ -97,12 +97,16 @@ class Router(nn.Module, ABC):
         fixed_top_k: whether the rule itself says how many experts a token
             gets, so that top_k does not count.
         reads_prompts: whether `for_prompts` makes something.
+        standardises: whether `scores` are `prototypes_EI` times the activations
+            standardised with `eps`, and `choose` and `weights` those of this class:
+            what `phatgoose.kernels.routing_operators.route_and_add_` computes.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"adapter"})
     mixing: ClassVar[Mixing] = "outputs"
     fixed_top_k: ClassVar[bool] = False
     reads_prompts: ClassVar[bool] = False
+    standardises: ClassVar[bool] = False
     absent_E: torch.Tensor
 
     def __init__(self, stack: SiteStack, config: RouterConfig) -> None:

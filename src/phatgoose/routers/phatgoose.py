@@ -25,7 +25,9 @@ class Phatgoose(Router):
     """Scores are standardised gates times standardised activations."""
 
     needs = frozenset({"adapter", "gate"})
+    standardises = True
     prototypes_EI: torch.Tensor
+    eps: float
 
     def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
         super().__init__(stack, config)

@@ -1,0 +1,94 @@
+"""What the registered operators run: which device, which kernels.
+
+On CUDA the Triton kernels; elsewhere what `phatgoose.kernels.choose` says, and so
+on CUDA for more than 8 experts per token. Triton is imported when first needed.
+
+Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from phatgoose.kernels import choose, load
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# the kernels unroll their loop over the chosen experts
+MOST_TOP_K = 8
+
+
+def mix_with_torch(
+    x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, w_NK: torch.Tensor, ids_NK: torch.Tensor
+) -> Any:
+    """See `phatgoose.kernels.mix_loras`."""
+    backend = choose(x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
+    return load(backend)(x_NI, a_ERI, b_ERO, w_NK, ids_NK)
+
+
+def route_with_torch(
+    x_NI: torch.Tensor,
+    hi_EI: torch.Tensor,
+    lo_EI: torch.Tensor | None,
+    bias_NE: torch.Tensor | None,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(weights_NK, expert_ids_NK); see `phatgoose.kernels.routing_operators.route_and_add_`."""
+    prototypes_EI = hi_EI.float() if lo_EI is None else hi_EI.float() + lo_EI.float()
+    scores_NE = F.layer_norm(x_NI.float(), x_NI.shape[-1:], eps=eps) @ prototypes_EI.T
+    if bias_NE is not None:
+        scores_NE = scores_NE + bias_NE
+    top_NK, expert_ids_NK = torch.topk(scores_NE, top_k, dim=-1)
+    return torch.softmax(top_NK / temperature, dim=-1).nan_to_num(0.0), expert_ids_NK
+
+
+def mix_on_cuda(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    weights_NK: torch.Tensor,
+    expert_ids_NK: torch.Tensor,
+) -> None:
+    """y_NO += the updates, routing given."""
+    if expert_ids_NK.shape[1] > MOST_TOP_K:
+        y_NO += mix_with_torch(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
+        return
+    from phatgoose.kernels.launches import Choice
+
+    launch(y_NO, x_NI, a_ERI, b_ERO, Choice(weights_NK.contiguous(), expert_ids_NK.contiguous()))
+
+
+def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> None:
+    """What kernels would not notice."""
+    if x_NI.dtype not in DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
+        raise TypeError(f"x, a and b must share one of {DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
+    if hasattr(routing, "hi_EI") and routing.hi_EI.dtype != x_NI.dtype:
+        raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
+
+
+def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> Any:
+    """Check what kernels would not notice, then launch."""
+    # triton is imported here: the operators exist without it
+    from phatgoose.kernels import launches, settings, sorted_launches
+
+    check(x_NI, a_ERI, b_ERO, routing)
+    if y_NO.stride(1) != 1:
+        raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
+    x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
+    a_ERI, b_ERO = a_ERI.contiguous(), b_ERO.contiguous()
+    (num_tokens, in_features), num_experts = x_NI.shape, a_ERI.shape[0]
+    asks = isinstance(routing, launches.Question)
+    top_k = routing.top_k if asks else routing.weights_NK.shape[1]
+    if num_tokens == 0:
+        return launches.empty_choice(x_NI, top_k) if asks else routing
+    with torch.cuda.device(x_NI.device):
+        if settings.takes_few(num_tokens, top_k):
+            few = settings.few(num_tokens, num_experts, in_features)
+            return launches.add_few(y_NO, x_NI, a_ERI, b_ERO, routing, few)
+        many = settings.many(num_tokens, top_k, num_experts, in_features)
+        return sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, routing, many)

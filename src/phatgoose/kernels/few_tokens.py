@@ -1,0 +1,139 @@
+"""Triton kernels for few tokens: three launches, each bound by the bytes of what it reads.
+
+1. `partial_scores`: every program reads some experts' prototypes and some features. Bytes: E * I * 4.
+2. `shrink_few`: a program per token and split of I adds up the token's scores, chooses, and multiplies that
+   split of x by the chosen A. Every split chooses again: E * S numbers are nothing, a launch is not.
+   Bytes: N * K * R * I * 2.
+3. `expand_few`: a program per token and block of O adds up the splits of h, multiplies by the chosen B, sums the
+   K slots and adds them to y. Bytes: N * K * R * O * 2.
+
+A static LoRA has three launches beside the base too (A, B, add). No atomics: every number has one writer.
+
+Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from phatgoose.kernels.scoring import choose, follow
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def shrink_few(
+    x_ptr,
+    dots_ptr,
+    stats_ptr,
+    sums_ptr,
+    bias_ptr,
+    a_ptr,
+    weights_ptr,
+    ids_ptr,
+    h_ptr,
+    num_tokens,
+    num_experts,
+    in_features,
+    rank,
+    stride_x,
+    stride_bias,
+    eps,
+    temperature,
+    SPLITS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROUTE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h_SNKR: weight * (A x) of one split of I. ROUTE: choose first and write the choice; else read it."""
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    k = tl.arange(0, K_PAD)
+    r = tl.arange(0, R_PAD)
+    in_k = k < TOP_K
+    in_r = r < rank
+    follow(PDL)
+    if ROUTE:
+        weights_NK, ids_NK = choose(
+            dots_ptr,
+            stats_ptr,
+            sums_ptr,
+            bias_ptr,
+            token + tl.arange(0, 1),
+            num_tokens,
+            num_experts,
+            in_features,
+            stride_bias,
+            eps,
+            temperature,
+            SPLITS,
+            E_PAD,
+            TOP_K,
+            K_PAD,
+            HAS_BIAS,
+        )
+        if split == 0:
+            at = token * TOP_K + k[None, :]
+            tl.store(weights_ptr + at, weights_NK, mask=in_k[None, :])
+            tl.store(ids_ptr + at, ids_NK.to(tl.int64), mask=in_k[None, :])
+    for slot in tl.static_range(TOP_K):
+        if ROUTE:
+            weight = tl.sum(tl.where(k[None, :] == slot, weights_NK, 0.0))
+            expert = tl.sum(tl.where(k[None, :] == slot, ids_NK, 0)).to(tl.int64)
+        else:
+            weight = tl.load(weights_ptr + token * TOP_K + slot).to(tl.float32)
+            expert = tl.load(ids_ptr + token * TOP_K + slot)
+        a_row = (expert * rank + r) * in_features
+        acc_RI = tl.zeros([R_PAD, BLOCK_I], tl.float32)
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            in_i = i < in_features
+            x_I = tl.load(x_ptr + token * stride_x + i, mask=in_i, other=0.0).to(tl.float32)
+            a_RI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0)
+            acc_RI += a_RI.to(tl.float32) * x_I[None, :]
+        h_R = tl.sum(acc_RI, axis=1) * weight
+        at = ((split * num_tokens + token) * TOP_K + slot) * rank
+        tl.store(h_ptr + at + r, h_R, mask=in_r)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def expand_few(
+    y_ptr,
+    h_ptr,
+    b_ptr,
+    ids_ptr,
+    num_tokens,
+    out_features,
+    rank,
+    stride_y,
+    SPLITS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    R_PAD: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y_NO += sum over the K slots of B h."""
+    token = tl.program_id(0).to(tl.int64)
+    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+    r = tl.arange(0, R_PAD)
+    s = tl.arange(0, SPLITS)
+    in_o = o < out_features
+    in_r = r < rank
+    follow(PDL)
+    y_O = tl.load(y_ptr + token * stride_y + o, mask=in_o, other=0.0)
+    update_O = tl.zeros([BLOCK_O], tl.float32)
+    for slot in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + token * TOP_K + slot)
+        b_row = (expert * rank + r) * out_features
+        b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
+        at_S = ((s * num_tokens + token) * TOP_K + slot) * rank
+        h_RS = tl.load(h_ptr + at_S[None, :] + r[:, None], mask=in_r[:, None], other=0.0)
+        h_R = tl.sum(h_RS, axis=1)
+        update_O += tl.sum(h_R[:, None] * b_RO.to(tl.float32), axis=0)
+    y_O = (y_O.to(tl.float32) + update_O).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + token * stride_y + o, y_O, mask=in_o)

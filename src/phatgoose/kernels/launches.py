@@ -1,0 +1,238 @@
+"""Launches of the Triton kernels for few tokens, and what the others share.
+
+They allocate what lies between the kernels and set grids from shapes. Nothing waits for the device.
+
+On CPU tensors (under TRITON_INTERPRET=1 only) operands are widened before products; see `scoring.product`.
+
+Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I, M = N * K pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import triton
+
+from phatgoose.kernels.few_tokens import expand_few, shrink_few
+from phatgoose.kernels.scoring import partial_scores
+from phatgoose.kernels.settings import Few, Scores, power_of_two
+
+
+class Question(NamedTuple):
+    """What the choice of experts depends on, beside x.
+
+    Attributes:
+        hi_EI, lo_EI, sums_E: see `phatgoose.kernels.prototypes`; lo_EI is None in fp32.
+        bias_NE: added to the scores, fp32; one row counts for all tokens. None for nothing.
+        top_k: experts per token.
+        eps: added to the variance of x.
+        temperature: divides the scores before the softmax.
+    """
+
+    hi_EI: torch.Tensor
+    lo_EI: torch.Tensor | None
+    sums_E: torch.Tensor
+    bias_NE: torch.Tensor | None
+    top_k: int
+    eps: float
+    temperature: float
+
+
+class Choice(NamedTuple):
+    """weights_NK (fp32), expert_ids_NK (int64)."""
+
+    weights_NK: torch.Tensor
+    expert_ids_NK: torch.Tensor
+
+
+def score(
+    x_NI: torch.Tensor, question: Question, settings: Scores, pdl: bool, stream: torch.cuda.Stream | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(dots_SNE, stats_SN2), fp32."""
+    (num_tokens, in_features), num_experts = x_NI.shape, question.hi_EI.shape[0]
+    dots_SNE = x_NI.new_empty(settings.splits, num_tokens, num_experts, dtype=torch.float32)
+    stats_SN2 = x_NI.new_empty(settings.splits, num_tokens, 2, dtype=torch.float32)
+    grid = (
+        triton.cdiv(num_tokens, settings.block_n),
+        triton.cdiv(num_experts, settings.block_e),
+        settings.splits,
+    )
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        partial_scores[grid](
+            x_NI,
+            question.hi_EI,
+            question.hi_EI if question.lo_EI is None else question.lo_EI,
+            dots_SNE,
+            stats_SN2,
+            num_tokens,
+            num_experts,
+            in_features,
+            x_NI.stride(0),
+            BLOCK_N=settings.block_n,
+            BLOCK_E=settings.block_e,
+            BLOCK_I=settings.block_i,
+            STEPS=steps_of(in_features, settings.block_i, settings.splits),
+            HAS_LO=question.lo_EI is not None,
+            UPCAST=not x_NI.is_cuda,
+            **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
+        )
+    return dots_SNE, stats_SN2
+
+
+def shrink(
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    routing: Question | Choice,
+    settings: Few,
+    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
+    stream: torch.cuda.Stream | None = None,
+) -> tuple[torch.Tensor, Choice]:
+    """(h_SNKR, fp32, times the routing weights; the choice). Few tokens.
+
+    Args:
+        routing: a question is answered first.
+        scored: what `score` found for the question; asked for if None.
+        stream: where kernels run, if not on the current stream, whose memory they use all the same.
+    """
+    (num_tokens, in_features), (num_experts, rank, _) = x_NI.shape, a_ERI.shape
+    pdl = settings.pdl and x_NI.is_cuda
+    if isinstance(routing, Question):
+        dots_SNE, stats_SN2 = scored or score(x_NI, routing, settings.scores, pdl, stream)
+        choice = empty_choice(x_NI, routing.top_k)
+        read, splits = inputs_of_choice(dots_SNE, stats_SN2, routing), settings.scores.splits
+        eps, temperature, has_bias = routing.eps, routing.temperature, routing.bias_NE is not None
+    else:
+        choice = routing
+        read, splits = (choice.weights_NK,) * 4, 1
+        eps, temperature, has_bias = 0.0, 1.0, False
+    top_k = choice.weights_NK.shape[1]
+    h_SNKR = x_NI.new_empty(settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        shrink_few[(num_tokens, settings.shrink_splits)](
+            x_NI,
+            *read,
+            a_ERI,
+            choice.weights_NK,
+            choice.expert_ids_NK,
+            h_SNKR,
+            num_tokens,
+            num_experts,
+            in_features,
+            rank,
+            x_NI.stride(0),
+            bias_stride(routing),
+            eps,
+            temperature,
+            SPLITS=splits,
+            E_PAD=power_of_two(num_experts),
+            TOP_K=top_k,
+            K_PAD=power_of_two(top_k),
+            R_PAD=power_of_two(rank),
+            BLOCK_I=settings.shrink_block_i,
+            STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+            HAS_BIAS=has_bias,
+            ROUTE=isinstance(routing, Question),
+            **options(pdl, settings.shrink_warps),
+        )
+    return h_SNKR, choice
+
+
+def expand(
+    y_NO: torch.Tensor, h_SNKR: torch.Tensor, b_ERO: torch.Tensor, expert_ids_NK: torch.Tensor, settings: Few
+) -> None:
+    """y_NO += the updates of few tokens."""
+    (num_tokens, out_features), (splits, _, top_k, rank) = y_NO.shape, h_SNKR.shape
+    expand_few[(num_tokens, triton.cdiv(out_features, settings.expand_block_o))](
+        y_NO,
+        h_SNKR,
+        b_ERO,
+        expert_ids_NK,
+        num_tokens,
+        out_features,
+        rank,
+        y_NO.stride(0),
+        SPLITS=splits,
+        TOP_K=top_k,
+        R_PAD=power_of_two(rank),
+        BLOCK_O=settings.expand_block_o,
+        **options(settings.pdl and y_NO.is_cuda, settings.expand_warps),
+    )
+
+
+def add_few(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    routing: Question | Choice,
+    settings: Few,
+) -> Choice:
+    """y_NO += the chosen experts' updates of x_NI, for few tokens."""
+    h_SNKR, choice = shrink(x_NI, a_ERI, routing, settings)
+    expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
+    return choice
+
+
+def linear_and_add(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    bias_O: torch.Tensor | None,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    question: Question,
+    settings: Few,
+) -> tuple[torch.Tensor, Choice]:
+    """(the layer's output, the choice), for few tokens.
+
+    Routing and A run at the same time as the base layer, on another stream (in a captured graph: another branch).
+    All memory is this stream's: the other one waits for it first, and it for the other one before anything that the
+    other one uses is freed. So the scores are held here.
+    """
+    main = torch.cuda.current_stream(x_NI.device)
+    stream = torch.cuda.Stream(x_NI.device)
+    stream.wait_stream(main)
+    scored = score(x_NI, question, settings.scores, settings.pdl, stream)
+    h_SNKR, choice = shrink(x_NI, a_ERI, question, settings, scored, stream)
+    y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+    main.wait_stream(stream)
+    del scored
+    expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
+    return y_NO, choice
+
+
+def empty_choice(x_NI: torch.Tensor, top_k: int) -> Choice:
+    """A choice to be written."""
+    return Choice(
+        x_NI.new_empty(x_NI.shape[0], top_k, dtype=torch.float32),
+        x_NI.new_empty(x_NI.shape[0], top_k, dtype=torch.int64),
+    )
+
+
+def inputs_of_choice(dots_SNE: torch.Tensor, stats_SN2: torch.Tensor, question: Question) -> tuple[torch.Tensor, ...]:
+    """What `scoring.choose` reads."""
+    return dots_SNE, stats_SN2, question.sums_E, question.sums_E if question.bias_NE is None else question.bias_NE
+
+
+def bias_stride(routing: Question | Choice) -> int:
+    """Elements from one token's bias to the next's."""
+    if isinstance(routing, Choice) or routing.bias_NE is None or routing.bias_NE.shape[0] == 1:
+        return 0
+    return routing.bias_NE.stride(0)
+
+
+def steps_of(in_features: int, block_i: int, splits: int) -> int:
+    """Blocks of I in a split."""
+    return int(triton.cdiv(triton.cdiv(in_features, block_i), splits))
+
+
+def options(pdl: bool, warps: int, stages: int | None = None) -> Mapping[str, Any]:
+    """Launch options; the kernel's own PDL goes with the launch's."""
+    options: dict[str, Any] = {"PDL": pdl, "num_warps": warps}
+    if pdl:
+        options["launch_pdl"] = True
+    if stages is not None:
+        options["num_stages"] = stages
+    return options

@@ -1,0 +1,119 @@
+"""Triton kernels for many tokens: pairs sorted by expert, then one grouped product for A and one per slot for B.
+
+`shrink_many` gathers x in place of a sorted copy. `expand_many` runs once per slot: within a slot a token occurs
+once, so y is read, added to and written by one program, without atomics and without a tensor of N * K * O numbers.
+K passes over y move 2 K N O numbers; that tensor would move (2 K + 2) N O, and need the memory.
+
+Grids come from shapes alone: as many tiles as the worst routing needs. Programs beyond the last tile end at once.
+
+Axes: N tokens, E experts, K slots, M = N * K sorted pairs, I in-features, O out-features, R rank, S splits of I.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from phatgoose.kernels.scoring import follow, product
+
+
+@triton.jit
+def find_tile(ends_ptr, tile, num_experts, E_PAD: tl.constexpr):
+    """(expert, which of its tiles); expert = num_experts beyond the last tile."""
+    e = tl.arange(0, E_PAD)
+    ends_E = tl.load(ends_ptr + e, mask=e < num_experts, other=0x7FFFFFFF)
+    passed_E = ends_E <= tile
+    return tl.sum(passed_E.to(tl.int32)), tile - tl.max(tl.where(passed_E, ends_E, 0))
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def shrink_many(
+    x_ptr,
+    a_ptr,
+    tokens_ptr,
+    sorted_weights_ptr,
+    begins_ptr,
+    ends_ptr,
+    h_ptr,
+    num_pairs,
+    num_experts,
+    in_features,
+    rank,
+    stride_x,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    R_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """h_SMR: weight * (A x) of sorted pairs."""
+    split = tl.program_id(1)
+    follow(PDL)
+    expert, tile = find_tile(ends_ptr, tl.program_id(0), num_experts, E_PAD)
+    if expert < num_experts:
+        m = tl.load(begins_ptr + expert * TOP_K) + tile * ROWS + tl.arange(0, ROWS)
+        in_m = m < tl.load(begins_ptr + (expert + 1) * TOP_K)
+        n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
+        r = tl.arange(0, R_PAD)
+        in_r = r < rank
+        a_row = (expert.to(tl.int64) * rank + r) * in_features
+        h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            in_i = i < in_features
+            x_MI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=in_m[:, None] & in_i[None, :], other=0.0)
+            a_RI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0)
+            h_MR = product(x_MI, a_RI.T, h_MR, UPCAST)
+        weights_M = tl.load(sorted_weights_ptr + m, mask=in_m, other=0.0)
+        at_M = (split.to(tl.int64) * num_pairs + m) * rank
+        tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR * weights_M[:, None], mask=in_m[:, None] & in_r[None, :])
+
+
+@triton.jit(do_not_specialize=["slot", "num_pairs"])
+def expand_many(
+    y_ptr,
+    h_ptr,
+    b_ptr,
+    tokens_ptr,
+    begins_ptr,
+    ends_ptr,
+    slot,
+    num_pairs,
+    num_experts,
+    out_features,
+    rank,
+    stride_y,
+    SPLITS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    R_PAD: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """y_NO += B h of the sorted pairs of one slot."""
+    follow(PDL)
+    expert, tile = find_tile(ends_ptr + slot * num_experts, tl.program_id(0), num_experts, E_PAD)
+    if expert < num_experts:
+        m = tl.load(begins_ptr + expert * TOP_K + slot) + tile * ROWS + tl.arange(0, ROWS)
+        in_m = m < tl.load(begins_ptr + expert * TOP_K + slot + 1)
+        n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
+        r = tl.arange(0, R_PAD)
+        in_r = r < rank
+        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        in_o = o < out_features
+        b_row = (expert.to(tl.int64) * rank + r) * out_features
+        b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
+        y_at = y_ptr + n[:, None] * stride_y + o[None, :]
+        in_mo = in_m[:, None] & in_o[None, :]
+        y_MO = tl.load(y_at, mask=in_mo, other=0.0)
+        h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at_M = (m + split * num_pairs).to(tl.int64) * rank
+            h_MR += tl.load(h_ptr + at_M[:, None] + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+        update_MO = product(h_MR.to(b_RO.dtype), b_RO, tl.zeros([ROWS, BLOCK_O], tl.float32), UPCAST)
+        tl.store(y_at, (y_MO.to(tl.float32) + update_MO).to(y_ptr.dtype.element_ty), mask=in_mo)

@@ -1,0 +1,186 @@
+"""Triton: scores of standardised activations, and the choice among them.
+
+    score[n, e] = (v[e] . x[n] - sum(v[e]) mean(x[n])) rstd(x[n]) + bias[n, e]
+
+v are prototypes that were standardised once and divided by sqrt(I), so x need
+not be standardised: one product, and two sums per token from the same pass.
+v has mean 0 up to rounding; sum(v) takes the rest out, so that the result is
+v . (x - mean x) rstd whatever was rounded.
+
+v is kept as hi + lo, two numbers of the activations' dtype, because a bf16 v
+alone moves scores by 2**-9 of their spread and so changes choices. hi + lo has
+16 bits (22 for fp16) at the bytes of one fp32 number. See docs/performance.md.
+
+Axes: N tokens, E experts, K chosen experts, I in-features, S splits of I.
+`partial_scores` writes what each split found; `choose` adds the splits up in
+order, so the same input gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def follow(PDL: tl.constexpr):
+    """Start before the kernel in front has ended, wait for its results, let the next one start."""
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def product(a, b, acc, UPCAST: tl.constexpr):
+    """acc + a @ b. Triton's interpreter multiplies the bits of bf16 numbers, so there they are widened."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def partial_scores(
+    x_ptr,
+    hi_ptr,
+    lo_ptr,
+    dots_ptr,
+    stats_ptr,
+    num_tokens,
+    num_experts,
+    in_features,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_LO: tl.constexpr,
+    UPCAST: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """dots_SNE and stats_SN2 (sum and sum of squares of x) of one split of I.
+
+    BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units.
+    """
+    pid_n = tl.program_id(0)
+    pid_e = tl.program_id(1)
+    split = tl.program_id(2)
+    n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
+    in_n = n < num_tokens
+    in_e = e < num_experts
+    e_row = e.to(tl.int64) * in_features
+    follow(PDL)
+
+    if BLOCK_N == 1:
+        acc_EI = tl.zeros([BLOCK_E, BLOCK_I], tl.float32)
+        sum_I = tl.zeros([BLOCK_I], tl.float32)
+        square_I = tl.zeros([BLOCK_I], tl.float32)
+        row = pid_n.to(tl.int64) * stride_x
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            in_i = i < in_features
+            in_ei = in_e[:, None] & in_i[None, :]
+            x_I = tl.load(x_ptr + row + i, mask=in_i, other=0.0).to(tl.float32)
+            v_EI = tl.load(hi_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0).to(tl.float32)
+            if HAS_LO:
+                v_EI += tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0).to(tl.float32)
+            acc_EI += v_EI * x_I[None, :]
+            sum_I += x_I
+            square_I += x_I * x_I
+        dots_NE = tl.sum(acc_EI, axis=1)[None, :]
+        sum_N = tl.sum(sum_I[None, :], axis=1)
+        square_N = tl.sum(square_I[None, :], axis=1)
+    else:
+        dots_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+        sum_N = tl.zeros([BLOCK_N], tl.float32)
+        square_N = tl.zeros([BLOCK_N], tl.float32)
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            in_i = i < in_features
+            in_ei = in_e[:, None] & in_i[None, :]
+            x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=in_n[:, None] & in_i[None, :], other=0.0)
+            hi_EI = tl.load(hi_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
+            dots_NE = product(x_NI, hi_EI.T, dots_NE, UPCAST)
+            if HAS_LO:
+                lo_EI = tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
+                dots_NE = product(x_NI, lo_EI.T, dots_NE, UPCAST)
+            wide_NI = x_NI.to(tl.float32)
+            sum_N += tl.sum(wide_NI, axis=1)
+            square_N += tl.sum(wide_NI * wide_NI, axis=1)
+
+    slot = split.to(tl.int64) * num_tokens + n
+    tl.store(dots_ptr + slot[:, None] * num_experts + e[None, :], dots_NE, mask=in_n[:, None] & in_e[None, :])
+    if pid_e == 0:
+        tl.store(stats_ptr + slot * 2, sum_N, mask=in_n)
+        tl.store(stats_ptr + slot * 2 + 1, square_N, mask=in_n)
+
+
+@triton.jit
+def choose(
+    dots_ptr,
+    stats_ptr,
+    sums_ptr,
+    bias_ptr,
+    n,
+    num_tokens,
+    num_experts,
+    in_features,
+    stride_bias,
+    eps,
+    temperature,
+    SPLITS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """(weights_NK, ids_NK) of the tokens `n`, padded to K_PAD.
+
+    The larger score wins, and of equal ones the lower expert id. NaN counts as
+    the largest. A token whose scores are all -inf gets weights of 0.
+    """
+    in_n = n < num_tokens
+    e = tl.arange(0, E_PAD)
+    in_e = e < num_experts
+    mask_NE = in_n[:, None] & in_e[None, :]
+    dots_NE = tl.zeros([n.shape[0], E_PAD], tl.float32)
+    sum_N = tl.zeros([n.shape[0]], tl.float32)
+    square_N = tl.zeros([n.shape[0]], tl.float32)
+    for split in tl.static_range(SPLITS):
+        slot = n + split * num_tokens
+        dots_NE += tl.load(dots_ptr + slot[:, None] * num_experts + e[None, :], mask=mask_NE, other=0.0)
+        sum_N += tl.load(stats_ptr + slot * 2, mask=in_n, other=0.0)
+        square_N += tl.load(stats_ptr + slot * 2 + 1, mask=in_n, other=0.0)
+    mean_N = sum_N / in_features
+    variance_N = tl.maximum(square_N / in_features - mean_N * mean_N, 0.0)
+    rstd_N = 1.0 / tl.sqrt(variance_N + eps)
+    sums_E = tl.load(sums_ptr + e, mask=in_e, other=0.0)
+    scores_NE = (dots_NE - mean_N[:, None] * sums_E[None, :]) * rstd_N[:, None]
+    if HAS_BIAS:
+        scores_NE += tl.load(bias_ptr + n[:, None] * stride_bias + e[None, :], mask=mask_NE, other=0.0)
+
+    # integers in the order of the scores leave room below -inf for "taken" and "no expert"
+    scores_NE = tl.where(scores_NE == 0.0, 0.0, scores_NE)  # -0 and 0 tie
+    bits_NE = scores_NE.to(tl.int32, bitcast=True)
+    keys_NE = tl.where(bits_NE < 0, bits_NE ^ 0x7FFFFFFF, bits_NE)
+    keys_NE = tl.where(scores_NE != scores_NE, 0x7FFFFFFF, keys_NE)
+    keys_NE = tl.where(in_e[None, :], keys_NE, -0x80000000)
+    k = tl.arange(0, K_PAD)
+    top_NK = tl.full([n.shape[0], K_PAD], -0x80000000, tl.int32)
+    ids_NK = tl.zeros([n.shape[0], K_PAD], tl.int32)
+    for slot_k in tl.static_range(TOP_K):
+        best_N, id_N = tl.max(keys_NE, axis=1, return_indices=True, return_indices_tie_break_left=True)
+        id_N = tl.minimum(id_N.to(tl.int32), num_experts - 1)
+        top_NK = tl.where(k[None, :] == slot_k, best_N[:, None], top_NK)
+        ids_NK = tl.where(k[None, :] == slot_k, id_N[:, None], ids_NK)
+        keys_NE = tl.where(e[None, :] == id_N[:, None], -0x80000000, keys_NE)
+
+    chosen_NK = tl.where(top_NK < 0, top_NK ^ 0x7FFFFFFF, top_NK).to(tl.float32, bitcast=True) / temperature
+    chosen_NK = tl.where(k[None, :] < TOP_K, chosen_NK, float("-inf"))
+    best_N = tl.max(chosen_NK, axis=1)
+    best_N = tl.where(best_N == float("-inf"), 0.0, best_N)
+    exp_NK = tl.exp(chosen_NK - best_N[:, None])
+    total_N = tl.sum(exp_NK, axis=1)
+    return exp_NK / tl.where(total_N == 0.0, 1.0, total_N)[:, None], ids_NK

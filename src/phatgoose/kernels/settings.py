@@ -1,0 +1,133 @@
+"""Block sizes, splits and warps of the Triton kernels, by shape; and from how many tokens on pairs are sorted.
+
+Tables, no autotuning: that would time kernels (and so wait for the device) inside a forward, and two processes
+could choose differently and give different bits. `benchmarks/routed_layer.py --sweep` measures alternatives.
+
+Whatever depends on the number of tokens goes in powers of two, so that few variants are compiled.
+
+Axes: N tokens, E experts, K slots, I in-features, O out-features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# (token, slot) pairs up to which every pair reads its factors by itself
+MOST_PAIRS_UNSORTED = 128
+# whether few tokens' routing and A run beside the base layer, on another stream; measure before switching it on
+BASE_BESIDE = False
+# programs that fill a GPU: the multiprocessors of an H100, H200
+PROGRAMS = 132
+# what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts
+_SORT_TILE = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """Of `partial_scores`. block_n is 1 or a multiple of 16."""
+
+    block_n: int
+    block_e: int
+    block_i: int
+    splits: int
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Few:
+    """Of the kernels for few tokens. `shrink_splits` is a power of two."""
+
+    scores: Scores
+    shrink_splits: int
+    shrink_block_i: int
+    expand_block_o: int
+    shrink_warps: int = 4
+    expand_warps: int = 4
+    pdl: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Many:
+    """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16."""
+
+    scores: Scores
+    choose_block_n: int
+    most_blocks: int
+    sort_block_c: int
+    shrink_rows: int
+    shrink_block_i: int
+    shrink_splits: int
+    expand_rows: int
+    expand_block_o: int
+    choose_warps: int = 8
+    shrink_warps: int = 4
+    shrink_stages: int = 4
+    expand_warps: int = 4
+    pdl: bool = False
+
+
+def takes_few(num_tokens: int, top_k: int) -> bool:
+    """Whether the kernels for few tokens are the faster ones."""
+    return num_tokens * top_k <= MOST_PAIRS_UNSORTED
+
+
+def few(num_tokens: int, num_experts: int, in_features: int) -> Few:
+    """For a shape."""
+    if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
+        block_e, block_i = 8, 256
+        programs = num_tokens * -(-num_experts // block_e)
+        splits = _splits(programs, in_features, block_i, most=16)
+        scores = Scores(block_n=1, block_e=block_e, block_i=block_i, splits=splits)
+    else:
+        block_n = 16 if num_tokens <= 16 else 32
+        programs = -(-num_tokens // block_n) * -(-num_experts // 16)
+        splits = _splits(programs, in_features, 128, most=16)
+        scores = Scores(block_n=block_n, block_e=16, block_i=128, splits=splits)
+    return Few(
+        scores=scores,
+        shrink_splits=_splits(num_tokens, in_features, 256, most=16),
+        shrink_block_i=256,
+        expand_block_o=128 if num_tokens <= 4 else 256,
+    )
+
+
+def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Many:
+    """For a shape."""
+    block_e = 64 if num_experts <= 64 else 128
+    programs = -(-num_tokens // 128) * -(-num_experts // block_e)
+    e_pad, k_pad = power_of_two(num_experts), power_of_two(top_k)
+    shrink_rows = _rows(num_tokens * top_k / num_experts)
+    expand_rows = _rows(num_tokens / num_experts)
+    tiles = num_tokens * top_k // shrink_rows + num_experts // 2
+    # what chooses holds a row's splits in registers
+    splits = _splits(programs, in_features, 64, most=8 if num_experts <= 256 else 2)
+    return Many(
+        scores=Scores(block_n=128, block_e=block_e, block_i=64, splits=splits, warps=8),
+        choose_block_n=min(32, max(8, _SORT_TILE // e_pad)),
+        most_blocks=128,
+        sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
+        shrink_rows=shrink_rows,
+        shrink_block_i=128,
+        shrink_splits=_splits(tiles // 2, in_features, 128, most=4),
+        expand_rows=expand_rows,
+        expand_block_o=128 if expand_rows == 64 else 256,
+    )
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
+def _splits(programs: int, in_features: int, block_i: int, most: int) -> int:
+    """Splits of I (a power of two) that make `programs` fill the GPU, each with a block or more."""
+    splits = 1
+    while splits < most and programs * splits < PROGRAMS and in_features >= 2 * splits * block_i:
+        splits *= 2
+    return splits
+
+
+def _rows(mean_group: float) -> int:
+    """Rows of a tile for groups of a mean size."""
+    return 64 if mean_group >= 64 else 32 if mean_group >= 20 else 16

@@ -1,0 +1,113 @@
+"""What only a GPU can show: captured graphs, compiled layers, no waiting for the device. Skipped without one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import llama, make_pool
+
+from phatgoose import kernels
+from phatgoose.config import RouterConfig
+from phatgoose.routed import RoutedLinear, RoutedModel
+from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.stack import SiteStack
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+EXPERTS, RANK, INPUTS, OUTPUTS = 33, 16, 256, 320
+TOKENS = [1, 40, 300]  # few, few with matrix units, many
+
+
+def make_linear(backend: kernels.Backend = "auto", dtype: torch.dtype = torch.bfloat16) -> RoutedLinear:
+    torch.manual_seed(0)
+    stack = SiteStack(
+        a_ERI=(torch.randn(EXPERTS, RANK, INPUTS) / 16).to(dtype),
+        b_ERO=(torch.randn(EXPERTS, RANK, OUTPUTS) / 4).to(dtype),
+        gates_EI=torch.randn(EXPERTS, INPUTS),
+        present_E=torch.arange(EXPERTS) % 7 != 3,
+    )
+    base = torch.nn.Linear(INPUTS, OUTPUTS).to("cuda", dtype).requires_grad_(False)
+    return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend).cuda()
+
+
+def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    error = (found.double() - expected.double()).norm(dim=-1).max() / expected.double().norm(dim=-1).max()
+    return bool(error <= 6 * torch.finfo(found.dtype).eps)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_auto_is_triton_and_agrees(tokens: int) -> None:
+    linear, plain = make_linear(), make_linear("grouped")
+    assert linear.backend == "triton" and linear.fused
+    x = torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert close(linear(x), plain(x))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_does_not_wait_for_the_device(tokens: int) -> None:
+    linear = make_linear()
+    x = torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear(x)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            linear(x)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_captured_graph_follows_inputs_and_slots(tokens: int) -> None:
+    """New activations, and an expert added and removed in place, without another capture."""
+    linear = make_linear()
+    x = torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        linear(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = linear(x)
+        for turn in range(3):
+            x.copy_(torch.randn_like(x))
+            linear.router.absent_E[turn] = -torch.inf
+            linear.b_ERO[turn + 4].copy_(torch.randn_like(linear.b_ERO[0]))
+            y.fill_(torch.nan)
+            graph.replay()
+            assert torch.equal(y, linear(x))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_beside_the_base_is_the_same(tokens: int) -> None:
+    """Two streams, many times in a row, so that a race over memory would show."""
+    linear = make_linear()
+    prototypes = (linear.hi_EI, linear.lo_EI, linear.sums_E, linear.router.absent_E.unsqueeze(0))
+    factors = (linear.a_ERI, linear.b_ERO, *prototypes, 2, linear.eps, 1.0)
+    with torch.no_grad():
+        xs = [torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16) for _ in range(50)]
+        base = linear.base
+        found = [torch.ops.phatgoose.routed_linear(x, base.weight, base.bias, *factors)[0] for x in xs]
+        for x, y in zip(xs, found, strict=True):
+            assert torch.equal(y, linear(x))
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_compiles_as_one_graph(tokens: int) -> None:
+    linear = make_linear()
+    compiled = torch.compile(linear, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16)
+            assert close(compiled(x).clone(), linear(x))
+
+
+def test_generates_with_a_static_cache(tmp_path: Path) -> None:
+    """transformers compiles the decoding step; greedy tokens in fp32 are those of the plain backend."""
+    pool = make_pool(llama, tmp_path)
+    ids = torch.randint(3, 90, (2, 7), device="cuda")
+    found = []
+    for backend in ("grouped", "triton"):
+        model = RoutedModel.from_pool(llama().cuda(), pool, backend=backend)
+        options = {"cache_implementation": "static"} if backend == "triton" else {}
+        found.append(model.generate(ids, max_new_tokens=8, do_sample=False, **options))
+    assert torch.equal(*found)

@@ -1,0 +1,57 @@
+"""The kernels compile for a Hopper GPU, without spills, with 16-byte loads and matrix units. No GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+PROGRAM = """
+import json, sys
+sys.path.insert(0, sys.argv[1])
+from compile_kernels import layer_launches, usage
+for tokens, experts, pdl in json.loads(sys.argv[2]):
+    for launch in layer_launches(tokens, experts, 4096, 4096, pdl=pdl):
+        compiled = launch.compile()
+        print(json.dumps([tokens, launch.kernel.__name__, usage(compiled), compiled.asm["ptx"]]))
+"""
+
+
+def test_compiles_for_hopper() -> None:
+    """In another process, because this one may have defined the kernels for the interpreter."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [
+        sys.executable,
+        "-c",
+        PROGRAM,
+        str(BENCHMARKS),
+        json.dumps([(1, 166, True), (32, 166, False), (4096, 166, False)]),
+    ]
+    lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+    found = [json.loads(line) for line in lines]
+    assert [(tokens, name) for tokens, name, _, _ in found] == [
+        *((tokens, name) for tokens in (1, 32) for name in ("partial_scores", "shrink_few", "expand_few")),
+        *((4096, name) for name in ("partial_scores", "choose_many", "place_pairs", "shrink_many")),
+        *((4096, "expand_many"),) * 2,
+    ]
+    for tokens, name, usage, ptx in found:
+        assert usage["STACK"] == usage["LOCAL"] == 0, name
+        assert usage["DYNAMIC"] <= 227 * 1024, name
+        if name not in ("choose_many", "place_pairs"):  # they read scores and ids
+            assert "ld.global.v4.b32" in ptx or "cp.async.cg.shared.global" in ptx, name
+        if (tokens, name) == (4096, "partial_scores"):
+            assert "wgmma" in ptx
+        elif tokens == 4096 and name.endswith("_many") and name != "choose_many":
+            assert "mma" in ptx
+        if tokens == 1:  # with programmatic dependent launch: nothing is read before the kernel in front has ended
+            first_read = min(ptx.find(read) for read in ("ld.global", "cp.async") if read in ptx)
+            assert 0 < ptx.find("griddepcontrol.wait") < first_read, name
+        else:
+            assert "griddepcontrol" not in ptx, name
