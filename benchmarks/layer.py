@@ -25,7 +25,7 @@ from torch import nn
 
 from phatgoose.config import RouterConfig
 from phatgoose.kernels import mix_loras
-from phatgoose.routed import RoutedLinear
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import Router
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.stack import SiteStack

@@ -27,7 +27,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from phatgoose.base import DTYPES
 from phatgoose.config import RouterConfig
 from phatgoose.kernels import BACKENDS
-from phatgoose.routed import RoutedLinear
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.stack import SiteStack
 

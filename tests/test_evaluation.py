@@ -29,7 +29,8 @@ from phatgoose.methods import parse_methods
 from phatgoose.pool import Pool
 from phatgoose.results import read_results
 from phatgoose.results_folder import ResultsFolder
-from phatgoose.routed import RoutedLinear, RoutedModel
+from phatgoose.routed import RoutedModel
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.suites import load_tasks
 from phatgoose.suites.metrics import rouge_l
 

@@ -10,7 +10,8 @@ from conftest import llama, make_pool
 
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
-from phatgoose.routed import RoutedLinear, RoutedModel
+from phatgoose.routed import RoutedModel
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.stack import SiteStack
 

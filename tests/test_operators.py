@@ -12,7 +12,8 @@ from conftest import llama, make_pool, t5
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
 from phatgoose.kernels.prototypes import split
-from phatgoose.routed import RoutedLinear, RoutedModel
+from phatgoose.routed import RoutedModel
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import ROUTERS, Router, router_class
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.stack import SiteStack

@@ -23,7 +23,8 @@ import torch
 
 from phatgoose.data import IGNORED, Encoder
 from phatgoose.errors import BaseModelError
-from phatgoose.routed import RoutedLinear, RoutedModel
+from phatgoose.routed import RoutedModel
+from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import Routing
 from phatgoose.routing_table import INPUT, OUTPUT, TEXT, describe_site
 from phatgoose.suites import LEAVE_ONE_OUT

@@ -1,6 +1,6 @@
 """A base model whose linear layers route among a pool's experts.
 
-Axes: N tokens, I in-features, O out-features, R rank, E experts.
+Axes: B prompts, S positions, E experts.
 """
 
 from __future__ import annotations
@@ -13,150 +13,16 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose import kernels
 from phatgoose.base import base_id, load_base, load_tokenizer
 from phatgoose.config import RouterConfig
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.kernels import BACKENDS, Backend
-from phatgoose.kernels import settings as kernel_settings
-from phatgoose.kernels.prototypes import split
 from phatgoose.pool import Pool
-from phatgoose.routers import PromptRouter, Router, Routing, check_pool
-from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routed_linear import RoutedLinear
+from phatgoose.routers import PromptRouter, check_pool
 from phatgoose.sites import check_sites
-from phatgoose.stack import SiteStack, stack_sites
+from phatgoose.stack import stack_sites
 from phatgoose.trace import RoutingRecord, ScoresRecord, Trace
-from phatgoose.wrapped import WrappedLinear
-
-
-class RoutedLinear(WrappedLinear):
-    """`base(x) + sum of the chosen experts' updates of x`.
-
-    Sees only `(..., I)`: no position or mask, so a token's routing depends on
-    nothing but its activation. There are two exceptions. For routers that read
-    prompts, `prompt_bias_BE` says what each of B prompts adds to the scores; and
-    `prompt_mask_BE` says which experts are masked for one prompt and not for others.
-
-    Args:
-        base: the linear layer that is replaced; any kind, quantised ones too.
-        stack: the experts at this site.
-        router: chooses among them.
-        backend: how their updates are mixed.
-    """
-
-    a_ERI: torch.Tensor
-    b_ERO: torch.Tensor
-    hi_EI: torch.Tensor
-    lo_EI: torch.Tensor | None
-    sums_E: torch.Tensor
-
-    def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
-        super().__init__(base)
-        self.router = router
-        device = next((p.device for p in base.parameters()), torch.device("cpu"))
-        self.backend = kernels.resolve(backend, device, stack.a_ERI.dtype)
-        self.record: RoutingRecord | ScoresRecord | None = None
-        self.prompt_bias_BE: torch.Tensor | None = None
-        self.prompt_mask_BE: torch.Tensor | None = None
-        self.mask_1E: torch.Tensor | None = None
-        self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
-        self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
-        self.fused = self.beside = False
-        if self.backend == "triton":
-            kernels.load("triton")  # registers its operators
-        if self.backend == "triton" and isinstance(router, Phatgoose) and router.standardises:
-            self.fused = True
-            prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
-            self.eps: float = router.eps
-            # then the operator computes the base layer: its weights are used, hooks on it are not called
-            self.beside = kernel_settings.BASE_BESIDE and type(base) is nn.Linear and "forward" not in vars(base)
-            for name, tensor in prototypes._asdict().items():
-                self.register_buffer(name, tensor, persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
-        x_NI = x.reshape(-1, x.shape[-1])
-        bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
-        fused = self.fused and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord)
-        if fused and self.beside and not _wants_gradients(x_NI, self.weight):
-            question = self._question(bias_NE, mask_NE)
-            y_NO, *choice = torch.ops.phatgoose.routed_linear(x_NI, self.weight, self.bias, *question)
-            return self._recorded(Routing(*choice), x.shape, y_NO.view(*x.shape[:-1], -1))
-        y: torch.Tensor = self.base(x)
-        in_place = self.backend == "triton" and y.is_contiguous() and not _wants_gradients(x_NI, y)
-        if fused and in_place:
-            question = self._question(bias_NE, mask_NE)
-            choice = torch.ops.phatgoose.route_and_add_(y.view(-1, y.shape[-1]), x_NI, *question)
-            return self._recorded(Routing(*choice), x.shape, y)
-        if isinstance(self.record, ScoresRecord):
-            scores_NE = self.router.final_scores(x_NI, bias_NE, mask_NE)
-            routing = self.router.choose(scores_NE, mask_NE)
-            self.record.append_scores(scores_NE, routing, x.shape[:-1])
-        else:
-            routing = self.router(x_NI, bias_NE, mask_NE)
-            if self.record is not None:
-                self.record.append(routing, x.shape[:-1])
-        x_NI = x_NI.to(self.a_ERI.dtype)
-        if self.router.mixing == "parameters":
-            update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
-        elif in_place:
-            kernels.add_loras(y.view(-1, y.shape[-1]), x_NI, self.a_ERI, self.b_ERO, *routing)
-            return y
-        else:
-            update_NO = kernels.mix_loras(
-                x_NI, self.a_ERI, self.b_ERO, routing.weights_NK, routing.expert_ids_NK, self.backend
-            )
-        return y + update_NO.view(y.shape).to(y.dtype)
-
-    def _question(self, bias_NE: torch.Tensor | None, mask_NE: torch.Tensor | None) -> tuple[Any, ...]:
-        """What the operators that route take after x, or after the base's weights."""
-        added_NE = self.router.absent_E.unsqueeze(0)
-        for term_NE in (bias_NE, mask_NE):
-            if term_NE is not None:
-                added_NE = added_NE + term_NE
-        prototypes = (self.hi_EI, self.lo_EI, self.sums_E)
-        return self.a_ERI, self.b_ERO, *prototypes, added_NE, self.router.top_k, self.eps, self.router.temperature
-
-    def _recorded(self, routing: Routing, shape: torch.Size, y: torch.Tensor) -> torch.Tensor:
-        """y; the routing goes to the record, if there is one."""
-        if self.record is not None:
-            assert not isinstance(self.record, ScoresRecord)
-            self.record.append(routing, shape[:-1])
-        return y
-
-    def _bias(self, num_tokens: int) -> torch.Tensor | None:
-        """Each token's row of `prompt_bias_BE`."""
-        if self.prompt_bias_BE is None and self.router.reads_prompts:
-            raise RouterError(
-                "this router reads whole prompts, and was given none",
-                expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",
-                fix="call the RoutedModel, not the model inside it; generate_batch is for token-level routers",
-            )
-        return None if self.prompt_bias_BE is None else _rows(self.prompt_bias_BE, num_tokens)
-
-    def _mask(self, num_tokens: int) -> torch.Tensor | None:
-        """What the model masks, and each token's row of `prompt_mask_BE`."""
-        if self.prompt_mask_BE is None:
-            return self.mask_1E
-        mask_NE = _rows(self.prompt_mask_BE, num_tokens)
-        return mask_NE if self.mask_1E is None else mask_NE + self.mask_1E
-
-
-def _wants_gradients(*tensors: torch.Tensor) -> bool:
-    """Whether autograd follows: then nothing may be added in place."""
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-def _rows(prompts_BE: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """Each token's prompt's row, (N, E); the tokens of one prompt lie together."""
-    if num_tokens % len(prompts_BE):
-        raise RouterError(
-            "the prompts do not fit the batch",
-            found=f"{len(prompts_BE)} prompts, {num_tokens} tokens",
-            expected="as many tokens for each prompt",
-        )
-    # also right for beams, which lie beside each other
-    return prompts_BE.repeat_interleave(num_tokens // len(prompts_BE), dim=0)
 
 
 class RoutedModel(nn.Module):
@@ -236,9 +102,9 @@ class RoutedModel(nn.Module):
             with_activations="activations" in router_type.needs,
         )
         for site, stack in stacks.items():
-            linear = model.get_submodule(site)
-            routed = RoutedLinear(linear, stack, router_type(stack, config), backend)
-            model.set_submodule(site, _move_buffers(routed, linear))
+            rule = router_type(stack, config)
+            routed = RoutedLinear(model.get_submodule(site), stack, rule, backend)
+            model.set_submodule(site, routed.to_base())
         return cls(model, pool, config, router_type.for_prompts(experts, config), tokenizer)
 
     def unwrap(self) -> PreTrainedModel:
@@ -418,15 +284,3 @@ def _check_base(model: PreTrainedModel, pool: Pool) -> None:
         )
     if any(isinstance(module, RoutedLinear) for module in model.modules()):
         raise BaseModelError("this model is routed already", fix="call unwrap() on the old RoutedModel first")
-
-
-def _move_buffers(routed: RoutedLinear, linear: nn.Module) -> RoutedLinear:
-    """Put what is new on the device of the layer that it replaces (which may be quantised)."""
-    device = next((p.device for p in linear.parameters()), torch.device("cpu"))
-    routed.a_ERI = routed.a_ERI.to(device)
-    routed.b_ERO = routed.b_ERO.to(device)
-    if routed.fused:
-        routed.hi_EI, routed.sums_E = routed.hi_EI.to(device), routed.sums_E.to(device)
-        routed.lo_EI = None if routed.lo_EI is None else routed.lo_EI.to(device)
-    routed.router.to(device)
-    return routed

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from importlib.util import find_spec
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -50,7 +49,6 @@ def mix_loras(
     Returns:
         y_NO in the dtype of x_NI.
     """
-    backend = resolve(backend, x_NI.device, x_NI.dtype)
     if backend == "auto":
         backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
     return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
@@ -98,15 +96,11 @@ def mix_parameters(
     return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
 
 
-def resolve(backend: Backend, device: torch.device, dtype: torch.dtype) -> Backend:
-    """ "auto" on a GPU is "triton" if that can be imported; everything else stays what it is."""
-    if backend != "auto" or device.type != "cuda" or dtype == torch.float64:
-        return backend
-    return "triton" if find_spec("triton") else "auto"
-
-
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
-    """The PyTorch backend for a shape. Depends on nothing else, so that equal calls run equal code."""
+    """The backend for a shape. Depends on nothing else, so that equal calls run equal code.
+
+    "triton" must be asked for: it has not run on a GPU yet.
+    """
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
