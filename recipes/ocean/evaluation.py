@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
-import subprocess
-import sys
+from dataclasses import asdict
 
 from filelock import FileLock, Timeout
 from grids import ALL, ROWS, Grid, todo
@@ -14,12 +13,14 @@ from times import timed
 from training import TEXT, datasets
 
 from phatgoose.base import load_base, load_tokenizer, placement
-from phatgoose.config import EvaluationConfig
+from phatgoose.config import EvaluationConfig, RecordingConfig
 from phatgoose.data import Encoder
 from phatgoose.evaluation import Cell, evaluate, plan, with_data
 from phatgoose.methods import MULTITASK, parse_methods
 from phatgoose.pool import Pool
+from phatgoose.recorder import record_tasks
 from phatgoose.results_folder import ResultsFolder
+from phatgoose.routed import RoutedModel
 from phatgoose.suites import load_tasks
 
 RECORDED = ("phatgoose", "phatgoose-prior")
@@ -78,12 +79,15 @@ def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, poo
 def record(args: argparse.Namespace, seed: int) -> None:
     """The routing of tasks, for `phatgoose analyse`."""
     folder = args.out / f"seed-{seed}"
-    for router in RECORDED:
-        command = [
-            sys.executable, "-m", "phatgoose", "record", folder / "pool", "--data", args.data, "--suite", ",".join(ALL),
-            "--router", router, "--seed", seed, "--limit", args.recorded_rows, "--out", folder / f"recording-{router}",
-            "--dtype", args.dtype, "--batch-tokens", args.batch_tokens // 2, "--skip-missing",
-            *(["--task", ",".join(args.tasks)] if args.tasks else []),
-        ]  # fmt: skip
-        with timed(args, seed, f"record {router}"):
-            subprocess.run([str(part) for part in command], check=True)
+    pool = Pool.open(folder / "pool")
+    model, tokenizer = load_base(args.base, dtype=args.dtype), load_tokenizer(args.base)
+    encoder = Encoder(tokenizer, model.config, TEXT)
+    config = RecordingConfig(limit=args.recorded_rows, seed=seed, batch_tokens=args.batch_tokens // 2)
+    tasks, _ = with_data(load_tasks(ALL, pool, data=args.data, limit=config.limit))
+    tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
+    for method in parse_methods(RECORDED, pool):
+        assert method.router is not None
+        with timed(args, seed, f"record {method.name}"):
+            routed = RoutedModel.from_pool(model, pool, tokenizer=tokenizer, **asdict(method.router))
+            record_tasks(routed, encoder, tasks, method, config, folder / f"recording-{method.name}")
+            routed.unwrap()

@@ -15,14 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
+from importlib.metadata import version
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
+from phatgoose.base import DTYPES
+from phatgoose.config import RecordingConfig
 from phatgoose.data import IGNORED, Encoder
 from phatgoose.errors import BaseModelError
+from phatgoose.evaluation import PACKAGES
+from phatgoose.methods import Method
+from phatgoose.recording import RecordingFolder, RecordingHeader
 from phatgoose.routed import RoutedModel
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import Routing
@@ -106,6 +115,56 @@ class SiteUsage(ScoresRecord):
         )
         self.sums_V += weights_N @ values_NV
         self.called = True
+
+
+def record_tasks(
+    model: RoutedModel,
+    encoder: Encoder,
+    tasks: Sequence[SuiteTask],
+    method: Method,
+    config: RecordingConfig,
+    out: Path,
+) -> int:
+    """Record the tasks that are not there yet, each as soon as it is finished. One progress bar, on standard error.
+
+    Args:
+        model: to watch.
+        encoder: of its base model.
+        tasks: of any suites, made with the limit of `config`.
+        method: that the model routes by.
+        config: rows, seed and size of batches.
+        out: recording folder.
+
+    Returns:
+        How many were there already.
+
+    Raises:
+        ResultsError: `out` is no folder, holds another recording, or is damaged
+            or being written to.
+        DataError, SuiteError, BaseModelError: see `record_task`.
+    """
+    header = RecordingHeader(
+        method=method.name,
+        router=method.settings,
+        pool=model.pool.fingerprint,
+        pool_name=model.pool.folder.resolve().name,
+        base=model.pool.base.name,
+        dtype=next(name for name, dtype in DTYPES.items() if dtype == model.dtype),
+        encoder_decoder=encoder.encoder_decoder,
+        text=asdict(encoder.text),
+        limit=config.limit,
+        seed=config.seed,
+        experts=tuple(model.pool.names),
+        sites=tuple(model.routed_linears()),
+        versions={package: version(package) for package in PACKAGES},
+    )
+    recording = RecordingFolder(out, header)
+    pending = [task for task in tasks if not recording.has(task.suite, task.name, task.fingerprint)]
+    with recording.writing(), tqdm(pending, unit="task") as bar:
+        for task in bar:
+            bar.set_description(f"{method.name} on {task.task_name}")
+            recording.add(record_task(model, encoder, task, batch_tokens=config.batch_tokens))
+    return len(tasks) - len(pending)
 
 
 @torch.no_grad()

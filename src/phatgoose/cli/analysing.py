@@ -48,19 +48,15 @@ def record(
     config, text = RecordingConfig(limit=limit, batch_tokens=batch_tokens, seed=seed), TextConfig(separator=separator)
     need_lm_eval()
 
-    from importlib.metadata import version
-
-    from tqdm.auto import tqdm
     from transformers import set_seed
 
     from phatgoose.base import load_base, load_tokenizer, placement
     from phatgoose.checks import check_base_name
     from phatgoose.data import Encoder
-    from phatgoose.evaluation import PACKAGES, with_data
+    from phatgoose.evaluation import with_data
     from phatgoose.methods import parse_methods
     from phatgoose.pool import Pool
-    from phatgoose.recorder import record_task
-    from phatgoose.recording import RecordingFolder, RecordingHeader
+    from phatgoose.recorder import record_tasks
     from phatgoose.routed import RoutedModel
     from phatgoose.suites import load_tasks
 
@@ -83,28 +79,8 @@ def record(
     tokenizer = load_tokenizer(name, opened.base.revision)
     model = RoutedModel.from_pool(loaded, opened, tokenizer=tokenizer, **asdict(method.router))
     encoder = Encoder(tokenizer, loaded.config, text)
-    header = RecordingHeader(
-        method=method.name,
-        router=method.settings,
-        pool=opened.fingerprint,
-        pool_name=opened.folder.resolve().name,
-        base=name,
-        dtype=dtype,
-        encoder_decoder=encoder.encoder_decoder,
-        text=asdict(text),
-        limit=config.limit,
-        seed=config.seed,
-        experts=tuple(opened.names),
-        sites=tuple(model.routed_linears()),
-        versions={package: version(package) for package in PACKAGES},
-    )
-    recording = RecordingFolder(out, header)
-    pending = [one for one in tasks if not recording.has(one.suite, one.name, one.fingerprint)]
-    typer.echo(f"{len(tasks)} tasks, {len(tasks) - len(pending)} of them there already", err=True)
-    with recording.writing(), tqdm(pending, unit="task") as bar:
-        for one in bar:
-            bar.set_description(f"{method.name} on {one.task_name}")
-            recording.add(record_task(model, encoder, one, batch_tokens=config.batch_tokens))
+    there = record_tasks(model, encoder, tasks, method, config, out)
+    typer.echo(f"{len(tasks)} tasks, {there} of them there already", err=True)
     typer.echo(f"recording: {out}\nnext: phatgoose analyse {out} --out FOLDER")
 
 
