@@ -50,7 +50,9 @@ def mix_loras(
         y_NO in the dtype of x_NI.
     """
     if backend == "auto":
-        backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
+        # what is compiled must not read ids on the host either
+        on_cpu = x_NI.device.type == "cpu" and not torch.compiler.is_compiling()
+        backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1], on_cpu=on_cpu)
     return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
 
 
@@ -96,15 +98,16 @@ def mix_parameters(
     return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int, rank: int) -> Backend:
-    """The backend for a shape. Depends on nothing else, so that equal calls run equal code.
+def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool) -> Backend:
+    """The backend for a shape and a kind of device. Depends on nothing else, so that equal calls run equal code.
 
     "triton" must be asked for: it has not run on a GPU yet.
     """
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
-        return "gather"
+        # a CPU reads factors where they lie; reading ids one by one would stall a GPU
+        return "reference" if on_cpu else "gather"
     if num_experts * rank <= 256 and num_tokens <= 64:
         return "dense"
     return "grouped"

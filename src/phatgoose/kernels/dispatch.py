@@ -24,7 +24,8 @@ def mix_with_torch(
     x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, w_NK: torch.Tensor, ids_NK: torch.Tensor
 ) -> Any:
     """See `phatgoose.kernels.mix_loras`."""
-    backend = choose(x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1])
+    on_cpu = x_NI.device.type == "cpu"
+    backend = choose(x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1], on_cpu=on_cpu)
     return load(backend)(x_NI, a_ERI, b_ERO, w_NK, ids_NK)
 
 

@@ -33,11 +33,11 @@ def mix_loras(
     sorted_M, order_M = torch.sort(expert_ids_NK.reshape(-1), stable=True)
     experts_E = torch.arange(a_ERI.shape[0], device=x_NI.device)
     ends_E = torch.searchsorted(sorted_M, experts_E, right=True).to(torch.int32)
-    h_MR = F.grouped_mm(x_NI[order_M // top_k], a_ERI.transpose(1, 2), offs=ends_E)
+    h_MR = F.grouped_mm(x_NI.index_select(0, order_M // top_k), a_ERI.transpose(1, 2), offs=ends_E)
     h_MR = h_MR * weights_NK.reshape(-1)[order_M].to(h_MR.dtype).unsqueeze(1)
     y_MO = F.grouped_mm(h_MR, b_ERO, offs=ends_E)
     back_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(order_M.numel(), device=x_NI.device))
-    return y_MO[back_M].view(num_tokens, top_k, y_MO.shape[1]).sum(1)[:, :out_features]
+    return y_MO.index_select(0, back_M).view(num_tokens, top_k, y_MO.shape[1]).sum(1)[:, :out_features]
 
 
 def _pad(t: torch.Tensor, step: int, dim: int = -1) -> torch.Tensor:
