@@ -21,6 +21,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+from test_kernels import Shape
 
 from phatgoose.kernels import settings
 from phatgoose.kernels.launches import Choice, Question, add_few
@@ -33,15 +34,6 @@ EPS = 1e-5
 EPS_UNITS = {torch.float32: 8.0, torch.bfloat16: 3.0 if DEVICE == "cuda" else 6.0, torch.float16: 3.0}
 # Scores have a spread of 1. hi + lo keeps 24, 16 or 22 bits of a prototype; errors of I terms add like a random walk.
 SCORE_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2**-15, torch.float16: 4e-6}
-
-
-class Shape(NamedTuple):
-    tokens: int
-    top_k: int
-    experts: int
-    rank: int
-    inputs: int
-    outputs: int
 
 
 SHAPES = [

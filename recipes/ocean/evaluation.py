@@ -22,6 +22,7 @@ from phatgoose.recorder import record_tasks
 from phatgoose.results_folder import ResultsFolder
 from phatgoose.routed import RoutedModel
 from phatgoose.suites import load_tasks
+from phatgoose.suites.task import SuiteTask
 
 RECORDED = ("phatgoose", "phatgoose-prior")
 
@@ -36,6 +37,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # a method is one chunk, because a batch is only full when there is enough to fill it
     config = EvaluationConfig(batch_tokens=args.batch_tokens, chunk_requests=10**9)
+    tasks = Tasks(args)
     for grid, method in todo(seed, datasets(args), args.routers):
         pool = pool_of(args, seed, grid)
         if pool is None:
@@ -44,7 +46,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
         results.mkdir(exist_ok=True)
         try:
             with FileLock(results / f".{method}.lock", timeout=0):
-                cells = unfinished(args, seed, grid, method, pool)
+                cells = unfinished(args, seed, grid, method, pool, tasks)
                 if cells:
                     with timed(args, seed, f"{method}, {grid.label or 'all experts'}, {len(cells)} tasks"):
                         evaluate(cells, model, encoder, pool, ResultsFolder(results, pool.fingerprint), config)
@@ -62,17 +64,35 @@ def pool_of(args: argparse.Namespace, seed: int, grid: Grid) -> Pool | None:
     return pool if grid.experts is None else pool.subset(sorted(order[: grid.experts]))
 
 
-def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, pool: Pool) -> list[Cell]:
+class Tasks:
+    """The tasks of suites, whose files are read once for all methods."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self._found: dict[tuple[str, tuple[str, ...]], list[SuiteTask]] = {}
+
+    def limit(self, suite: str) -> int:
+        """Rows of each task."""
+        return ROWS[suite] if self.args.rows is None else self.args.rows
+
+    def of(self, suite: str, pool: Pool) -> list[SuiteTask]:
+        """Those that have data, and were asked for."""
+        key = suite, pool.names
+        if key not in self._found:
+            found, _ = with_data(load_tasks([suite], pool, data=self.args.data, limit=self.limit(suite)))
+            self._found[key] = [task for task in found if not self.args.tasks or task.name in self.args.tasks]
+        return self._found[key]
+
+
+def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, pool: Pool, tasks: Tasks) -> list[Cell]:
     """A method's cells of which there is no row yet."""
     folder = args.out / f"seed-{seed}"
     results = ResultsFolder(folder / grid.results, pool.fingerprint)
     methods = parse_methods([f"{MULTITASK}:{folder / MULTITASK}" if method == MULTITASK else method], pool)
     cells: list[Cell] = []
     for suite in grid.suites:
-        limit = ROWS[suite] if args.rows is None else args.rows
-        tasks, _ = with_data(load_tasks([suite], pool, data=args.data, limit=limit))
-        tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
-        cells += plan(tasks, methods, [seed], base=args.base, dtype=args.dtype, limit=limit, text=TEXT)
+        settings = {"base": args.base, "dtype": args.dtype, "limit": tasks.limit(suite), "text": TEXT}
+        cells += plan(tasks.of(suite, pool), methods, [seed], **settings)
     return [cell for cell in cells if results.find(cell.key) is None]
 
 

@@ -187,24 +187,24 @@ class RoutedModel(nn.Module):
         if self.prompt_router is None and not any(without):
             yield
             return
-        linears = self.routed_linears().values()
-        before = [(linear.prompt_bias_BE, linear.prompt_mask_BE) for linear in linears]
+        linears = self.routed_linears()
+        before = [(linear.prompt_bias_BE, linear.prompt_mask_BE) for linear in linears.values()]
         masked = self._prompt_masked
         try:
             if any(without):
                 self._prompt_masked = without
                 mask_BE = self.mask_BE(len(prompt_ids))
-                for linear in linears:
+                for linear in linears.values():
                     linear.prompt_mask_BE = mask_BE.to(linear.a_ERI.device)
             if self.prompt_router is not None:
                 bias = self.prompt_router.bias(self, prompt_ids)
-                for site, linear in self.routed_linears().items():
+                for site, linear in linears.items():
                     of_site_BE = bias if isinstance(bias, torch.Tensor) else bias[site]
                     linear.prompt_bias_BE = of_site_BE.to(linear.a_ERI.device)
             yield
         finally:
             self._prompt_masked = masked
-            for linear, (bias_BE, masks_BE) in zip(linears, before, strict=True):
+            for linear, (bias_BE, masks_BE) in zip(linears.values(), before, strict=True):
                 linear.prompt_bias_BE, linear.prompt_mask_BE = bias_BE, masks_BE
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
