@@ -1,7 +1,8 @@
-"""Routers that read prompts: retrieval, glider and phatgoose-prior."""
+"""Routers that read prompts."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -56,7 +57,7 @@ def test_retrieval_gives_each_prompt_to_the_nearest_examples_owner(tmp_path: Pat
 
 
 @pytest.mark.parametrize("beams", [1, 3])
-@pytest.mark.parametrize("router", ["retrieval", "glider", "phatgoose-prior"])
+@pytest.mark.parametrize("router", ["retrieval", "glider", "phatgoose-prior", "phatgoose-retrieval"])
 def test_generation_keeps_the_prompts_bias(router: str, beams: int, tmp_path: Path) -> None:
     """Each prompt alone, and all of them in a left-padded batch, with beams too."""
     model = routed(llama(), prompt_pool(tmp_path), router=router)
@@ -89,6 +90,27 @@ def test_glider_adds_scaled_similarity(tmp_path: Path) -> None:
     expected = scores_BSE.softmax(-1).flatten(0, 1)
     found = torch.zeros(10, 2).scatter(1, routing.expert_ids_NK, routing.weights_NK)
     assert_close(found, expected)
+
+
+def test_retrieval_prior_is_the_log_density_of_the_examples(tmp_path: Path) -> None:
+    """Written out example by example; experts with unlike numbers of examples are not favoured."""
+    pool = prompt_pool(tmp_path)
+    expert = complete(make_expert(llama, tmp_path / "e2", seed=2), seed=2)
+    once = SentenceEncoder().embed(["<10> <11> <12>", "<10> <12>"])
+    provenance = EmbeddingsProvenance(encoder=ENCODER, data="", num_examples=8, seed=0, phatgoose="test")
+    save_embeddings(expert, once.repeat(4, 1), provenance)  # e0's examples, each four times
+    pool.add(expert)
+    model = routed(llama(), pool, router="phatgoose-retrieval", retrieval_scale=5.0)
+    prompts_BD = SentenceEncoder().embed(["<10> <11> <12> <13>", "<50> <51> <52> <54>"])
+    with model.prompts(IDS[:2].tolist()):
+        bias_BE = model.routed_linears()[SITE].prompt_bias_BE
+    for b, prompt_D in enumerate(prompts_BD):
+        for e, expert in enumerate(pool.experts()):
+            examples_MD = load_file(expert.folder / "embeddings.safetensors")["embeddings"]
+            density = sum(math.exp(5 * float(prompt_D @ example_D)) for example_D in examples_MD) / len(examples_MD)
+            assert float(bias_BE[b, e]) == pytest.approx(math.log(density), abs=1e-4)
+    assert_close(bias_BE[:, 0], bias_BE[:, 2])
+    assert bias_BE[0, 0] > bias_BE[0, 1] and bias_BE[1, 0] < bias_BE[1, 1]
 
 
 @pytest.mark.parametrize("kind", MODELS)

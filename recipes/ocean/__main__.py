@@ -31,6 +31,7 @@ import argparse
 from pathlib import Path
 
 from evaluation import evaluate_methods, record
+from grids import POOLS
 from tables import write_tables
 from training import Training
 
@@ -49,7 +50,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--tasks", nargs="+", default=(), help="of the suites; all if not given")
-    parser.add_argument("--routers", nargs="+", help="instead of all methods: these, on all suites")
+    parser.add_argument("--routers", nargs="+", help="only these methods; those of no grid, on all suites")
+    parser.add_argument("--pools", nargs="+", choices=POOLS, help="only these; all if not given")
     parser.add_argument("--rows", type=int, help="of each task, at most")
     parser.add_argument("--recorded-rows", type=int, default=30, help="of each task")
     parser.add_argument("--rank", type=int, default=16)

@@ -38,7 +38,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
     # a method is one chunk, because a batch is only full when there is enough to fill it
     config = EvaluationConfig(batch_tokens=args.batch_tokens, chunk_requests=10**9)
     tasks = Tasks(args)
-    for grid, method in todo(seed, datasets(args), args.routers):
+    for grid, method in todo(seed, datasets(args), args.routers, args.pools):
         pool = pool_of(args, seed, grid)
         if pool is None:
             continue

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from phatgoose.config import RouterConfig
 from phatgoose.methods import EXPERTS, MULTITASK
@@ -13,22 +13,24 @@ from phatgoose.suites import HELD_IN, LEAVE_ONE_OUT
 HELD_OUT = ("t0ho", "bbh")
 ALL = (*HELD_OUT, HELD_IN, LEAVE_ONE_OUT)
 ROUTERS = (
-    "phatgoose", "phatgoose-prior", "arrow", "retrieval", "merged", "average-activation", "glider", "spectr",
-    "arrow-peft", "lag", "uniform", "merged-parameters",
+    "phatgoose", "phatgoose-prior", "phatgoose-retrieval", "arrow", "retrieval", "merged", "average-activation",
+    "glider", "spectr", "arrow-peft", "lag", "uniform", "merged-parameters",
 )  # fmt: skip
 # GLIDER's authors give unseen tasks 3, which is the default, and seen ones 100
 SETTINGS = (
     "phatgoose-raw", "phatgoose-sequence", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4",
     "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "glider global_scale=100.0",
     "phatgoose-prior prior_strength=1.0", "phatgoose-prior prior_strength=4.0", "phatgoose-prior prior_steps=3",
+    "phatgoose-retrieval retrieval_scale=5.0", "phatgoose-retrieval retrieval_scale=10.0",
 )  # fmt: skip
 # The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
 GATES = {
     "gates-10": {"steps": 10}, "gates-30": {"steps": 30}, "gates-300": {"steps": 300},
-    "rate-2e-3": {"learning_rate": 2e-3}, "rate-5e-3": {"learning_rate": 5e-3},
+    "rate-1e-4": {"learning_rate": 1e-4}, "rate-2e-3": {"learning_rate": 2e-3}, "rate-5e-3": {"learning_rate": 5e-3},
 }  # fmt: skip
 JOINT = "joint"
 SIZES = (9, 18)
+MAIN = "main"
 # Of each task: a seeded sample, the same for every method and seed.
 ROWS = {"t0ho": 100, "bbh": 60, HELD_IN: 40, LEAVE_ONE_OUT: 40}
 
@@ -50,6 +52,11 @@ class Grid:
     seeds: int | None = None
 
     @property
+    def pool(self) -> str:
+        """What `--pools` calls it: `MAIN`, a number of experts or a variant's name."""
+        return str(self.experts) if self.experts is not None else (self.variant or MAIN)
+
+    @property
     def label(self) -> str:
         """What sets its pool apart, if anything does."""
         return f"{self.experts} experts" if self.experts is not None else (self.variant or "")
@@ -60,29 +67,46 @@ class Grid:
         return "-".join(["results", *self.label.split()[:1]])
 
 
+POOLS = (MAIN, *GATES, JOINT, *map(str, SIZES))
 GRIDS = (
-    Grid(methods=(*ROUTERS[:2], "base", MULTITASK, *ROUTERS[2:]), suites=ALL),
+    Grid(methods=(*ROUTERS[:3], "base", MULTITASK, *ROUTERS[3:]), suites=ALL),
     Grid(methods=(OWN,), suites=(HELD_IN,)),
     Grid(methods=(EXPERTS,), suites=HELD_OUT),
     Grid(methods=SETTINGS, suites=ALL, seeds=1),
     *(Grid(methods=("phatgoose",), suites=ALL, variant=name, seeds=1) for name in (*GATES, JOINT)),
     *(
-        Grid(methods=("phatgoose", "phatgoose-prior", "arrow", "merged"), suites=HELD_OUT, experts=size, seeds=1)
+        Grid(
+            methods=("phatgoose", "phatgoose-prior", "phatgoose-retrieval", "arrow", "merged"),
+            suites=HELD_OUT,
+            experts=size,
+            seeds=1,
+        )
         for size in SIZES
     ),
 )
 
 
-def todo(seed: int, experts: list[str], routers: list[str] | None) -> Iterator[tuple[Grid, str]]:
+def todo(
+    seed: int, experts: Sequence[str], routers: Sequence[str] | None = None, pools: Sequence[str] | None = None
+) -> Iterator[tuple[Grid, str]]:
     """Each grid's methods, one by one.
 
     Args:
         seed: of the training.
         experts: names of all.
-        routers: instead of all methods: these, on all suites.
+        routers: only these; those that are in no grid, on all suites.
+        pools: only these (`Grid.pool`).
     """
-    for grid in GRIDS if routers is None else [Grid(methods=tuple(routers), suites=ALL)]:
+    grids = list(GRIDS)
+    if routers is not None:
+        known = {method for grid in GRIDS for method in grid.methods}
+        others = tuple(name for name in routers if name not in known)
+        grids = [replace(grid, methods=tuple(name for name in grid.methods if name in routers)) for grid in GRIDS]
+        grids.append(Grid(methods=others, suites=ALL))
+    for grid in grids:
         if (grid.seeds is not None and seed >= grid.seeds) or (grid.experts or 0) >= len(experts):
+            continue
+        if pools is not None and grid.pool not in pools:
             continue
         for method in grid.methods:
             # a pool of less than k experts has no top k

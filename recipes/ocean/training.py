@@ -74,7 +74,10 @@ class Training:
 
     def run_variants(self) -> None:
         """The same adapters with other gates, and adapters and gates that are trained together."""
+        wanted = self.args.pools or (*GATES, JOINT)
         for name, changes in GATES.items():
+            if name not in wanted:
+                continue
             jobs = self.jobs(self.folder / name / "experts")
             for job in jobs:
                 if not job.folder.exists():
@@ -84,6 +87,8 @@ class Training:
                 gates = replace(gates, steps=min(gates.steps, self.args.most_gate_steps))
                 train_gates(self.model, self.tokenizer, jobs, config=gates, **self.options)
             self.pool(self.folder / name / "pool", jobs)
+        if JOINT not in wanted:
+            return
         jobs = self.jobs(self.folder / JOINT / "experts")
         with timed(self.args, self.seed, JOINT):
             train_adapters(

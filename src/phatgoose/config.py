@@ -26,6 +26,8 @@ class RouterConfig:
         expert: name of the expert that router `single` gives every token.
         global_scale: what `glider` multiplies the similarity of prompt and
             expert with; 3 is its authors' value for unseen tasks (held-in: 100).
+        retrieval_scale: what `phatgoose-retrieval` multiplies cosines with before
+            the exponential; 20 is the sentence encoder's own training loss.
         prior_strength: what `phatgoose-prior` multiplies its prior with; 0 is `phatgoose`.
         prior_steps: passes over the prompt in which `phatgoose-prior` finds its
             prior, each with that of the one before.
@@ -38,6 +40,7 @@ class RouterConfig:
     temperature: float = 1.0
     expert: str | None = None
     global_scale: float = 3.0
+    retrieval_scale: float = 20.0
     prior_strength: float = 2.0
     prior_steps: int = 1
     filter_k: int = 20
@@ -74,7 +77,7 @@ class RouterConfig:
         for name in ("filter_k", "prior_steps"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
-        for name in ("eps", "global_scale", "prior_strength"):
+        for name in ("eps", "global_scale", "retrieval_scale", "prior_strength"):
             if not getattr(self, name) >= 0:  # so written, NaN is refused too
                 raise ConfigError(f"{name} must not be negative", found=str(getattr(self, name)), expected="0 or more")
         if not self.temperature > 0:

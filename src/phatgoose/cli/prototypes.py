@@ -59,7 +59,7 @@ def activations(
 def embeddings(
     adapter: AdapterFolder, data: Data, split: Split = "train", num_examples: NumExamples = 1000, seed: Seed = 0
 ) -> None:
-    """Embed an expert's examples, for routers retrieval and glider. The texts themselves are not kept."""
+    """Embed an expert's examples, for routers retrieval, glider and phatgoose-retrieval. The texts are not kept."""
     from phatgoose.data import read_examples
     from phatgoose.embedding import save_example_embeddings
     from phatgoose.embeddings import EMBEDDINGS_FILE

@@ -30,6 +30,7 @@ Mixing = Literal["outputs", "parameters"]
 ROUTERS = {
     "phatgoose": "phatgoose.routers.phatgoose:Phatgoose",
     "phatgoose-prior": "phatgoose.routers.phatgoose_prior:PhatgoosePrior",
+    "phatgoose-retrieval": "phatgoose.routers.phatgoose_retrieval:PhatgooseRetrieval",
     "phatgoose-raw": "phatgoose.routers.phatgoose_raw:PhatgooseRaw",
     "phatgoose-sequence": "phatgoose.routers.phatgoose_sequence:PhatgooseSequence",
     "average-activation": "phatgoose.routers.average_activation:AverageActivation",

@@ -1,0 +1,60 @@
+"""PHATGOOSE with a prior from retrieval: how likely a prompt is among each expert's examples.
+
+    density_e = mean over the expert's examples of exp(retrieval_scale * cos(e(prompt), e(example)))
+    score_e = v_e' . u' / sqrt(I) + log density_e
+
+Ours. Retrieval (paper section 4.2) gives a prompt to the owner of the nearest example, for better
+or worse; here the same embeddings weigh the experts, and each token still chooses. With the scale 20,
+with which the encoder was trained (sentence-transformers' contrastive loss takes the softmax of
+20 cos), the sum is that loss's own estimate of how likely the prompt's neighbours are: where a prompt
+lies among one expert's examples, the prior decides; where it is about as far from all of them, the
+tokens do. GLIDER adds a cosine to one mean instead, with scales that differ between seen and unseen tasks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from phatgoose.config import RouterConfig
+from phatgoose.embeddings import load_embeddings
+from phatgoose.expert import Expert
+from phatgoose.routers import PromptRouter
+from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.sentence_encoder import SentenceEncoder
+
+if TYPE_CHECKING:
+    from phatgoose.routed import RoutedModel
+
+
+class PhatgooseRetrieval(Phatgoose):
+    """PHATGOOSE's scores and a prior per prompt."""
+
+    needs = frozenset({"adapter", "gate", "embeddings"})
+    reads_prompts = True
+
+    @classmethod
+    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+        """See `Router.for_prompts`."""
+        return ExampleDensity(experts, config.retrieval_scale)
+
+
+class ExampleDensity(PromptRouter):
+    """Log density of a prompt among each expert's examples."""
+
+    def __init__(self, experts: Sequence[Expert], scale: float) -> None:
+        self.encoder = SentenceEncoder()
+        self.scale = scale
+        self.examples = [load_embeddings(expert.folder, self.encoder.name) for expert in experts]
+
+    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+        """See `PromptRouter.bias`."""
+        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
+        log_densities = [
+            torch.logsumexp(self.scale * prompts_BD @ examples_MD.T, dim=1) - math.log(len(examples_MD))
+            for examples_MD in self.examples
+        ]
+        return torch.stack(log_densities, dim=1)
