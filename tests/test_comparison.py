@@ -327,3 +327,21 @@ def test_numbers_as_people_read_them():
     # an interval that leaves out zero does not look as if it ended there
     assert limits(Interval(-0.036, -0.0004)) == "[−3.6, −0.0]"
     assert limits(Interval(-0.036, 0.0004)) == "[−3.6, 0.0]"
+
+
+def test_common_tasks_are_those_of_all_methods_and_seeds(tmp_path):
+    fill(tmp_path, {"phatgoose": {"a": 0.5, "b": 0.3, "c": 0.1}, "arrow": {"a": 0.6, "b": 0.2}}, seed=0)
+    fill(tmp_path, {"phatgoose": {"a": 0.7, "b": 0.3}, "arrow": {"b": 0.2}}, seed=1)
+    fill(tmp_path, {"phatgoose": {"x": 0.5}}, suite="bbh", seed=0)
+    suite = suite_of(tmp_path, common=True)
+    assert list(suite.tasks) == ["b"]
+    assert suite.averages["phatgoose"].score == pytest.approx(0.3)
+    notes = notes_of(tmp_path, common=True)
+    assert "t0ho: only the 1 of 3 tasks that all methods have." in notes
+    assert "bbh: only" not in notes
+    assert set(suite_of(tmp_path).tasks) == {"a", "b", "c"}
+
+
+def test_no_common_task_is_an_error(tmp_path):
+    fill(tmp_path, {"phatgoose": {"a": 0.5}, "arrow": {"b": 0.2}})
+    fails(ResultsError, "no task of suite 't0ho'", "--common", action=lambda: suite_of(tmp_path, common=True))

@@ -108,6 +108,7 @@ def compare(
     against: str = "phatgoose",
     suites: Sequence[str] | None = None,
     experts: bool = False,
+    common: bool = False,
     bootstrap: BootstrapConfig | None = None,
 ) -> Comparison:
     """Average, compare, and say how sure that is.
@@ -117,6 +118,7 @@ def compare(
         against: the method that the others are compared with.
         suites: in this order; all, in the order of the rows, if None.
         experts: also list every single expert, not only the best.
+        common: only tasks that all methods of a suite have.
         bootstrap: of the intervals.
 
     Raises:
@@ -128,7 +130,11 @@ def compare(
         if suite not in present:
             raise ResultsError(f"no results of suite {suite!r}", found=", ".join(present), fix="leave it out")
     order = list(dict.fromkeys(suites)) if suites else present
+    left_out: list[str] = []
+    if common:
+        results, left_out = _common(results, order)
     derived, choices, notes = label_readers(result for result in results if result.suite in order)
+    notes += left_out
     shown = [result for result in results if experts or not is_expert(result.method)] + derived
     compared = [_suite(suite, [r for r in shown if r.suite == suite], against, config) for suite in order]
     methods = _ordered(compared)
@@ -150,6 +156,31 @@ def compare(
         choices=choices,
         notes=notes,
     )
+
+
+def _common(results: Sequence[Result], suites: Sequence[str]) -> tuple[list[Result], list[str]]:
+    """Results of the tasks that each of a suite's methods has in all of its seeds; and what was left out, in words."""
+    kept: list[Result] = []
+    notes = []
+    for suite in suites:
+        found = [result for result in results if result.suite == suite]
+        runs: dict[tuple[str, int], set[str]] = {}
+        for result in found:
+            runs.setdefault((result.method, result.seed), set()).add(result.task)
+        shared = set.intersection(*runs.values())
+        tasks = list(dict.fromkeys(result.task for result in found))
+        missing = [task for task in tasks if task not in shared]
+        if not shared:
+            raise ResultsError(
+                f"no task of suite {suite!r} is shared by all methods",
+                found=", ".join(sorted({method for method, _ in runs})),
+                expected="a task that all of them have",
+                fix="leave --common out",
+            )
+        if missing:
+            notes.append(f"{suite}: only the {len(shared)} of {len(tasks)} tasks that all methods have.")
+        kept += [result for result in found if result.task in shared]
+    return kept, notes
 
 
 def _suite(suite: str, results: Sequence[Result], against: str, config: BootstrapConfig) -> SuiteComparison:
