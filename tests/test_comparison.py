@@ -345,3 +345,46 @@ def test_common_tasks_are_those_of_all_methods_and_seeds(tmp_path):
 def test_no_common_task_is_an_error(tmp_path):
     fill(tmp_path, {"phatgoose": {"a": 0.5}, "arrow": {"b": 0.2}})
     fails(ResultsError, "no task of suite 't0ho'", "--common", action=lambda: suite_of(tmp_path, common=True))
+
+
+def chance_folder(folder):
+    """Task "hard" is at chance for all methods that can be used, "easy" is not."""
+    right, half = [1.0] * 30, [1.0, 0.0] * 15
+    for method, easy, hard in (("phatgoose", right, half), ("arrow", half, half), ("expert:e", half, right)):
+        add_row(folder, "t0ho", "easy", method, easy)
+        add_row(folder, "t0ho", "hard", method, hard)
+    for task in ("easy", "hard"):
+        add_row(folder, "t0ho", task, "chance", [0.5] * 30)
+    return folder
+
+
+def test_tasks_at_chance_are_named(tmp_path):
+    suite = suite_of(chance_folder(tmp_path))
+    assert suite.at_chance == ["hard"]
+    comparison = compare(read_results([tmp_path])[0], bootstrap=CONFIG)
+    assert "No method's interval is above chance on 1 of 2 tasks: hard." in markdown(comparison)
+
+
+def test_tasks_at_chance_can_be_left_out(tmp_path):
+    suite = suite_of(chance_folder(tmp_path), above_chance=True)
+    assert list(suite.tasks) == ["easy"]
+    assert suite.averages["phatgoose"].score == 1
+    assert "t0ho: without 1 tasks on which no method is better than chance (hard)." in notes_of(
+        tmp_path, above_chance=True
+    )
+
+
+def test_a_suite_that_is_all_at_chance_is_left_out(tmp_path):
+    chance_folder(tmp_path)
+    for method in ("phatgoose", "chance"):
+        add_row(tmp_path, "bbh", "hard", method, [0.5] * 30)
+    found = compare(read_results([tmp_path])[0], bootstrap=CONFIG, above_chance=True)
+    assert [part.suite for part in found.suites] == ["t0ho"]
+    only = [result for result in read_results([tmp_path])[0] if result.suite == "bbh"]
+    fails(ResultsError, "on any task", action=lambda: compare(only, bootstrap=CONFIG, above_chance=True))
+
+
+def test_above_chance_needs_its_rows(tmp_path):
+    fill(tmp_path, {"phatgoose": {"a": 0.5}})
+    assert suite_of(tmp_path).at_chance is None
+    fails(ResultsError, "method 'chance'", "--router chance", action=lambda: suite_of(tmp_path, above_chance=True))

@@ -147,6 +147,16 @@ def test_own_expert_and_leave_one_out(here: Path) -> None:
     assert found["leave-one-out", "expert:e1"] == found["held-in", "expert:e1"]
 
 
+def test_chance_runs_no_model(here: Path) -> None:
+    """The share of right choices, and nothing for a written answer."""
+    succeed(*grid("chance", suite="t0ho,bbh", task="rte,object_counting", limit=4))
+    choices, written = rows_of(here / "out")
+    assert scores_of(here / "out", written) == [0.0] * 4 and written["score"] == 0
+    task = load_tasks(["t0ho"], Pool.open("pool"), data=here / "data", names=["rte"], limit=4)[0]
+    assert scores_of(here / "out", choices) == [1 / len(row.choices or ()) for row in task.rows]
+    assert choices["method"] == "chance" and 0 < choices["score"] < 1
+
+
 def test_a_masked_expert_carries_nothing(here: Path) -> None:
     pool = Pool.open("pool")
     tasks = load_tasks(["held-in", "leave-one-out"], pool, data=here / "data", names=["e0"])

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from phatgoose.config import RouterConfig
 from phatgoose.methods import EXPERTS, MULTITASK
-from phatgoose.oracle import EXPERT, OWN
+from phatgoose.oracle import CHANCE, EXPERT, OWN
 from phatgoose.suites import HELD_IN, LEAVE_ONE_OUT
 
 HELD_OUT = ("t0ho", "bbh")
@@ -69,7 +69,7 @@ class Grid:
 
 POOLS = (MAIN, *GATES, JOINT, *map(str, SIZES))
 GRIDS = (
-    Grid(methods=(*ROUTERS[:3], "base", MULTITASK, *ROUTERS[3:]), suites=ALL),
+    Grid(methods=(*ROUTERS[:3], "base", CHANCE, MULTITASK, *ROUTERS[3:]), suites=ALL),
     Grid(methods=(OWN,), suites=(HELD_IN,)),
     Grid(methods=(EXPERTS,), suites=HELD_OUT),
     Grid(methods=SETTINGS, suites=ALL, seeds=1),

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from phatgoose.bootstrap import Interval, draw_averages, over_tasks, percentiles
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ResultsError
-from phatgoose.oracle import Choice, is_expert, is_told, label_readers
+from phatgoose.oracle import CHANCE, Choice, is_expert, is_told, label_readers
 from phatgoose.results import Result
 
 # Scores that differ by less are a tie: means of the same numbers in another order do.
@@ -78,6 +78,8 @@ class SuiteComparison:
             has no row of this suite.
         best: the methods that are `realisable` with the highest average among
             those that have all tasks.
+        at_chance: tasks on which no method that can be used is better than
+            chance, by its interval over examples; None without rows of chance.
     """
 
     suite: str
@@ -86,6 +88,7 @@ class SuiteComparison:
     averages: dict[str, Average]
     differences: dict[str, Difference]
     best: list[str]
+    at_chance: list[str] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +112,7 @@ def compare(
     suites: Sequence[str] | None = None,
     experts: bool = False,
     common: bool = False,
+    above_chance: bool = False,
     bootstrap: BootstrapConfig | None = None,
 ) -> Comparison:
     """Average, compare, and say how sure that is.
@@ -119,6 +123,7 @@ def compare(
         suites: in this order; all, in the order of the rows, if None.
         experts: also list every single expert, not only the best.
         common: only tasks that all methods of a suite have.
+        above_chance: without the tasks in `SuiteComparison.at_chance`.
         bootstrap: of the intervals.
 
     Raises:
@@ -133,6 +138,10 @@ def compare(
     left_out: list[str] = []
     if common:
         results, left_out = _common(results, order)
+    if above_chance:
+        results, more = _above_chance(results, order, against, config)
+        left_out += more
+        order = [suite for suite in order if any(result.suite == suite for result in results)]
     derived, choices, notes = label_readers(result for result in results if result.suite in order)
     notes += left_out
     shown = [result for result in results if experts or not is_expert(result.method)] + derived
@@ -156,6 +165,32 @@ def compare(
         choices=choices,
         notes=notes,
     )
+
+
+def _above_chance(
+    results: Sequence[Result], suites: Sequence[str], against: str, bootstrap: BootstrapConfig
+) -> tuple[list[Result], list[str]]:
+    """Results of the tasks on which some method is better than chance; and what was left out, in words."""
+    compared = compare(results, against=against, suites=suites, bootstrap=bootstrap).suites
+    lacking = [part.suite for part in compared if part.at_chance is None]
+    if lacking:
+        raise ResultsError(
+            f"no rows of method {CHANCE!r} on {', '.join(lacking)}",
+            expected="its score on every task",
+            fix=f"phatgoose eval ... --router {CHANCE}",
+        )
+    left_out = {part.suite: part.at_chance or [] for part in compared}
+    kept = [result for result in results if result.task not in left_out.get(result.suite, [])]
+    kept = [result for result in kept if result.suite in left_out]
+    if not kept:
+        raise ResultsError(
+            "no method is better than chance on any task", found=", ".join(suites), fix="leave --above-chance out"
+        )
+    return kept, [
+        f"{suite}: without {len(tasks)} tasks on which no method is better than chance ({', '.join(tasks)})."
+        for suite, tasks in left_out.items()
+        if tasks
+    ]
 
 
 def _common(results: Sequence[Result], suites: Sequence[str]) -> tuple[list[Result], list[str]]:
@@ -192,7 +227,7 @@ def _suite(suite: str, results: Sequence[Result], against: str, config: Bootstra
         method: {task: float(np.mean([cell.score for cell in cells[method][task]])) for task in tasks if task in own}
         for method, own in cells.items()
     }
-    by_examples, differences_by_examples = _over_examples(list(tasks), cells, against, config)
+    by_examples, differences_by_examples, at_chance = _over_examples(list(tasks), cells, against, config)
     averages = {}
     differences = {}
     for method, own in scores.items():
@@ -226,20 +261,27 @@ def _suite(suite: str, results: Sequence[Result], against: str, config: Bootstra
     fair = {method: value.score for method, value in averages.items() if not value.told and not value.missing}
     best = [method for method, score in fair.items() if score > max(fair.values()) - TIE]
     return SuiteComparison(
-        suite=suite, tasks=tasks, scores=scores, averages=averages, differences=differences, best=best
+        suite=suite,
+        tasks=tasks,
+        scores=scores,
+        averages=averages,
+        differences=differences,
+        best=best,
+        at_chance=at_chance if CHANCE in cells else None,
     )
 
 
 def _over_examples(
     tasks: Sequence[str], cells: dict[str, dict[str, list[Result]]], against: str, config: BootstrapConfig
-) -> tuple[dict[str, Interval], dict[str, Interval]]:
-    """Intervals over examples of each method's average and of its difference from `against`.
+) -> tuple[dict[str, Interval], dict[str, Interval], list[str]]:
+    """Intervals over examples of each method's average and of its difference from `against`; tasks at chance.
 
     Draws of a macro average are means of the tasks' draws, because tasks are
     resampled each on its own.
     """
     rng = np.random.default_rng(config.seed)
     own, paired = _Totals(config), _Totals(config)
+    at_chance = []
     for task in tasks:
         methods = [method for method, by_task in cells.items() if task in by_task]
         counts_C = cells[methods[0]][task][0].counts_C
@@ -248,11 +290,16 @@ def _over_examples(
         averages_MD = np.full((len(methods), config.num_resamples), np.nan)
         if len(counts_C) > 1:
             averages_MD = draw_averages(sums_MC, counts_C, config, rng)
+        if CHANCE in methods:
+            above_MD = averages_MD - averages_MD[methods.index(CHANCE)]
+            usable = [m for m, method in enumerate(methods) if method != CHANCE and not is_told(method)]
+            if not any(percentiles(above_MD[m], config).low > 0 for m in usable):
+                at_chance.append(task)
         for method, draws_D in zip(methods, averages_MD, strict=True):
             own.add(method, draws_D)
             if against in methods:
                 paired.add(method, draws_D - averages_MD[methods.index(against)])
-    return own.intervals(), paired.intervals()
+    return own.intervals(), paired.intervals(), at_chance
 
 
 class _Totals:

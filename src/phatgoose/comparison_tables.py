@@ -193,7 +193,7 @@ def _scores(comparison: Comparison, suite: SuiteComparison) -> Table:
         head=head,
         numeric=[False, False, *[True] * len(methods)],
         rows=rows,
-        notes=_marks([suite]),
+        notes=[*_marks([suite]), *_at_chance(suite)],
         split_from=2,
         short_head=[*head[:2], *short],
     )
@@ -216,6 +216,14 @@ def _marks(suites: Iterable[SuiteComparison]) -> list[str]:
     if any(average.missing for average in averages):
         notes.append(f"{LACKS} lacks tasks of the suite: its average stands on other tasks than those beside it.")
     return notes
+
+
+def _at_chance(suite: SuiteComparison) -> list[str]:
+    """A sentence about tasks that are too hard for all."""
+    if not suite.at_chance:
+        return []
+    names = ", ".join(suite.at_chance)
+    return [f"No method's interval is above chance on {_of(len(suite.at_chance), len(suite.tasks))} tasks: {names}."]
 
 
 def _of(number: int, all_of: int) -> str:

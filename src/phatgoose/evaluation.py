@@ -18,7 +18,7 @@ from phatgoose.data import Encoder
 from phatgoose.errors import ConfigError, SuiteError
 from phatgoose.harness import RoutedLM
 from phatgoose.methods import MULTITASK, Method
-from phatgoose.oracle import OWN
+from phatgoose.oracle import CHANCE, OWN
 from phatgoose.pool import Pool
 from phatgoose.results_folder import ResultsFolder
 from phatgoose.routed import RoutedModel
@@ -149,6 +149,11 @@ def evaluate(
     with tqdm(total=total, unit="request", smoothing=0.05) as bar:
         for same_router in _runs(cells, lambda cell: (cell.seed, cell.method.name, cell.router)):
             first = same_router[0]
+            if first.method.name == CHANCE:
+                for cell in same_router:
+                    _write(cell, [row.chance for row in cell.task.rows], 0.0, pool, results, versions)
+                    bar.update(cell.task.num_requests)
+                continue
             set_seed(first.seed)
             with _routed(model, encoder, first.method.other_pool or pool, first.router) as routed:
                 lm = RoutedLM(
@@ -198,19 +203,25 @@ def _evaluate_chunk(
     for cell in cells:
         samples = sorted(found["samples"][cell.task.task_name], key=lambda sample: sample["doc_id"])
         scores = [float(sample[SCORE]) for sample in samples]
-        results.append(
-            cell.key,
-            {
-                "metric": cell.task.measure,
-                "score": sum(scores) / len(scores),
-                "num_rows": len(scores),
-                "pool_name": pool.folder.resolve().name,
-                "versions": versions,
-                "seconds": round(seconds * cell.task.num_requests / requests, 3),
-            },
-            [row.example_id for row in cell.task.rows],
-            scores,
-        )
+        _write(cell, scores, seconds * cell.task.num_requests / requests, pool, results, versions)
+
+
+def _write(
+    cell: Cell, scores: Sequence[float], seconds: float, pool: Pool, results: ResultsFolder, versions: dict[str, str]
+) -> None:
+    results.append(
+        cell.key,
+        {
+            "metric": cell.task.measure,
+            "score": sum(scores) / len(scores),
+            "num_rows": len(scores),
+            "pool_name": pool.folder.resolve().name,
+            "versions": versions,
+            "seconds": round(seconds, 3),
+        },
+        [row.example_id for row in cell.task.rows],
+        list(scores),
+    )
 
 
 def _runs(cells: Sequence[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:

@@ -4,6 +4,7 @@
     base                        the base model alone
     expert:NAME                 one expert for everything
     own                         the dataset's own expert (held-in only)
+    chance                      the mean score of choices drawn blindly; no model runs
     multitask:ADAPTER           an adapter that is not in the pool, for everything: the paper's Multitask,
                                 if it was trained on the union of all data
 
@@ -19,7 +20,7 @@ from typing import Any
 from phatgoose.checks import check_base
 from phatgoose.config import RouterConfig
 from phatgoose.errors import RouterError
-from phatgoose.oracle import EXPERT, OWN
+from phatgoose.oracle import CHANCE, EXPERT, OWN
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, check_pool, router_class
 
@@ -32,7 +33,7 @@ class Method:
 
     Attributes:
         name: see above.
-        router: of a router or a single expert; None for `base` and `own`.
+        router: of a router or a single expert; None for `base`, `own` and `chance`.
         other_pool: what `router` routes among, if it is not the grid's pool.
     """
 
@@ -77,7 +78,7 @@ def parse_methods(texts: Sequence[str], pool: Pool, top_k: int | None = None) ->
             methods += [_expert(name, pool) for name in pool.names]
         elif head.startswith(EXPERT) and not options:
             methods.append(_expert(head.removeprefix(EXPERT), pool))
-        elif head in (BASE, OWN) and not options:
+        elif head in (BASE, OWN, CHANCE) and not options:
             methods.append(Method(name=head))
         elif head.startswith(MULTITASK + ":"):
             methods.append(_multitask(text.partition(":")[2], pool))
@@ -103,7 +104,15 @@ def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> M
         raise RouterError(
             f"unknown router {head!r}",
             expected=", ".join(
-                [*sorted(set(ROUTERS) - {"single"}), BASE, OWN, EXPERT + "NAME", EXPERTS, MULTITASK + ":ADAPTER"]
+                (
+                    *sorted(set(ROUTERS) - {"single"}),
+                    BASE,
+                    OWN,
+                    CHANCE,
+                    EXPERT + "NAME",
+                    EXPERTS,
+                    f"{MULTITASK}:ADAPTER",
+                )
             ),
         )
     options: dict[str, Any] = RouterConfig.parse(texts)

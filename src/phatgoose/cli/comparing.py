@@ -27,6 +27,9 @@ def compare(
     ] = None,
     experts: Annotated[bool, typer.Option("--experts", help="List every single expert, not only the best.")] = False,
     common: Annotated[bool, typer.Option("--common", help="Only tasks that all methods of a suite have.")] = False,
+    above_chance: Annotated[
+        bool, typer.Option("--above-chance", help="Only tasks on which some method is better than method chance.")
+    ] = False,
     resamples: Annotated[int, typer.Option(help="Of the bootstrap.")] = BootstrapConfig.num_resamples,
     confidence: Annotated[float, typer.Option(help="Of the intervals.")] = BootstrapConfig.confidence,
     seed: Annotated[int, typer.Option(help="Of the resampling.")] = BootstrapConfig.seed,
@@ -52,7 +55,15 @@ def compare(
     for warning in warnings:
         typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
     suites = [name.strip() for name in suite.split(",") if name.strip()] if suite else None
-    comparison = compare_results(rows, against=against, suites=suites, experts=experts, common=common, bootstrap=config)
+    comparison = compare_results(
+        rows,
+        against=against,
+        suites=suites,
+        experts=experts,
+        common=common,
+        above_chance=above_chance,
+        bootstrap=config,
+    )
 
     folder = out or results[0]
     try:

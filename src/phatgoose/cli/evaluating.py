@@ -20,7 +20,7 @@ def evaluate(
         str,
         typer.Option(
             help="Separated by commas: routers, each with options if you like ('phatgoose top_k=1'); base; "
-            "expert:NAME, or experts for all; own (the dataset's own expert, held-in only); "
+            "expert:NAME, or experts for all; own (the dataset's own expert, held-in only); chance (no model runs); "
             "multitask:ADAPTER, a folder outside the pool."
         ),
     ],

@@ -32,6 +32,11 @@ class Row:
     targets: tuple[str, ...]
     choices: tuple[str, ...] | None = None
 
+    @property
+    def chance(self) -> float:
+        """Mean score of a choice drawn blindly; 0 for a written answer."""
+        return 0.0 if self.choices is None else sum(text in self.targets for text in self.choices) / len(self.choices)
+
 
 def fingerprint(rows: Sequence[Row]) -> str:
     """sha256 over all rows in order."""
