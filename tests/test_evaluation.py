@@ -216,7 +216,7 @@ def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_chunks_and_batches_change_nothing(here: Path) -> None:
     succeed(*grid("phatgoose"))
-    succeed(*grid("phatgoose", out="alone", batch_tokens=1))
+    succeed(*grid("phatgoose", out="alone", batch_tokens=1, answer_tokens=1))
     pool, model = Pool.open("pool"), llama()
     tasks, methods = (
         load_tasks(["t0ho"], pool, data=here / "data", names=["rte", "cb"]),

@@ -72,6 +72,7 @@ def test_missing_data(here: Path) -> None:
         (grid("phatgoose", seed="one"), ["seeds", "one"]),
         (grid("phatgoose", seed="4294967296"), ["seeds", "4294967295"]),
         (grid("phatgoose", batch_tokens=0), ["batch_tokens"]),
+        (grid("phatgoose", answer_tokens=0), ["answer_tokens"]),
         (grid("phatgoose", base="org/other"), ["org/other", "tiny-llama"]),
     ],
     ids=lambda value: value[-1] if isinstance(value[0], str) and value[0] != "eval" else "",

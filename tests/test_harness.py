@@ -80,6 +80,10 @@ def test_target_loss_and_answer(kind: str, is_routed: bool, tmp_path: Path) -> N
     written = lm.answer([request("answer", *pair) for pair in asked])
     assert written == [answer(model, coder, text, GenerationConfig(max_new_tokens=n)).text for text, n in asked]
     assert sum(counts) == len(pairs) + len(asked)
+    counts.clear()
+    large = RoutedLM(model, coder, batch_tokens=1, answer_tokens=10_000, on_batch=counts.append)
+    assert large.answer([request("answer", *pair) for pair in asked]) == written
+    assert len(counts) == 2  # one batch for each of the two lengths
 
 
 @pytest.mark.parametrize("kind", KINDS)

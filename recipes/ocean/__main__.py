@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--positions-at-once", type=int, default=61440, help="36 GB of a GPU")
     parser.add_argument("--compile", action="store_true", help="faster on a GPU")
     parser.add_argument("--batch-tokens", type=int, default=131072, help="of a batch in evaluation")
+    parser.add_argument("--answer-tokens", type=int, default=524288, help="likewise, where answers are written")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

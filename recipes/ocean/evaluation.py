@@ -36,7 +36,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
     # its warnings are about settings that are made here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     # a method is one chunk, because a batch is only full when there is enough to fill it
-    config = EvaluationConfig(batch_tokens=args.batch_tokens, chunk_requests=10**9)
+    config = EvaluationConfig(batch_tokens=args.batch_tokens, answer_tokens=args.answer_tokens, chunk_requests=10**9)
     tasks = Tasks(args)
     for grid, method in todo(seed, datasets(args), args.routers, args.pools):
         pool = pool_of(args, seed, grid)

@@ -138,17 +138,22 @@ class EvaluationConfig:
 
     Attributes:
         batch_tokens: positions of a batch, padding included.
+        answer_tokens: likewise, of a batch of answers that are written, with
+            their prompts; None for `batch_tokens`. A step of writing computes
+            one position a row, so larger batches cost little but their cache.
         chunk_requests: tasks are evaluated together until they have so many
             requests; then their rows are written. A killed run loses no more.
     """
 
     batch_tokens: int = 4096
+    answer_tokens: int | None = None
     chunk_requests: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "chunk_requests"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        for name in ("batch_tokens", "answer_tokens", "chunk_requests"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1", found=str(value), expected="1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)

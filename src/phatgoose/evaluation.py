@@ -160,6 +160,7 @@ def evaluate(
                     routed,
                     encoder,
                     batch_tokens=config.batch_tokens,
+                    answer_tokens=config.answer_tokens,
                     on_batch=bar.update,
                     without={cell.task.task_name: cell.masked for cell in same_router},
                 )

@@ -40,6 +40,7 @@ class RoutedLM(HFLM):
         model: a RoutedModel, or a model of transformers.
         encoder: of the base model.
         batch_tokens: positions of a batch, padding included.
+        answer_tokens: see `EvaluationConfig`.
         on_batch: called with the number of requests of each finished batch.
         without: task's name -> experts that are masked for its requests.
         options: of HFLM, such as `batch_size` (of lm-eval's own generation).
@@ -51,6 +52,7 @@ class RoutedLM(HFLM):
         encoder: Encoder,
         *,
         batch_tokens: int = EvaluationConfig.batch_tokens,
+        answer_tokens: int | None = None,
         on_batch: Progress | None = None,
         without: Mapping[str, Sequence[str]] | None = None,
         **options: Any,
@@ -58,6 +60,7 @@ class RoutedLM(HFLM):
         self.routed = model
         self.encoder = encoder
         self.batch_tokens = batch_tokens
+        self.answer_tokens = answer_tokens or batch_tokens
         self.on_batch = on_batch
         self.without = without or {}
         wrapped = model.model if isinstance(model, RoutedModel) else model
@@ -88,7 +91,7 @@ class RoutedLM(HFLM):
                 self.encoder,
                 [requests[i].args[0] for i in numbers],
                 GenerationConfig(max_new_tokens=length),
-                batch_tokens=self.batch_tokens,
+                batch_tokens=self.answer_tokens,
                 on_batch=self.on_batch,
                 without=self._masked([requests[i] for i in numbers]),
             )

@@ -36,6 +36,9 @@ def evaluate(
     batch_tokens: Annotated[
         int, typer.Option(help="Positions of a batch, padding included.")
     ] = EvaluationConfig.batch_tokens,
+    answer_tokens: Annotated[
+        int | None, typer.Option(help="Positions of a batch of answers that are written; --batch-tokens if not given.")
+    ] = EvaluationConfig.answer_tokens,
     separator: Annotated[
         str, typer.Option(help="Text between input and target (decoder-only models), as in training.")
     ] = TextConfig.separator,
@@ -49,7 +52,8 @@ def evaluate(
     """
     if limit is not None and limit < 1:
         raise ConfigError("limit must be at least 1", found=str(limit), expected="1 or more, or none")
-    config, text = EvaluationConfig(batch_tokens=batch_tokens), TextConfig(separator=separator)
+    config = EvaluationConfig(batch_tokens=batch_tokens, answer_tokens=answer_tokens)
+    text = TextConfig(separator=separator)
     seeds = _seeds(seed)
     need_lm_eval()
 
