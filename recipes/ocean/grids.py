@@ -22,6 +22,7 @@ SETTINGS = (
     "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "glider global_scale=100.0",
     "phatgoose-prior prior_strength=1.0", "phatgoose-prior prior_strength=4.0", "phatgoose-prior prior_steps=3",
     "phatgoose-retrieval retrieval_scale=5.0", "phatgoose-retrieval retrieval_scale=10.0",
+    "phatgoose-retrieval top_k=1", "phatgoose-retrieval top_k=4",
 )  # fmt: skip
 # The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
 GATES = {
