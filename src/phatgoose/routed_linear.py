@@ -102,6 +102,24 @@ class RoutedLinear(WrappedLinear):
             )
         return y + update_NO.view(y.shape).to(y.dtype)
 
+    @torch.no_grad()
+    def put(self, slot: int, stack: SiteStack, router: Router) -> None:
+        """Write another expert in the place of the one in a slot; no tensor moves.
+
+        Args:
+            slot: its expert id.
+            stack: of that expert alone, with as large a rank; or of an empty slot.
+            router: the rule for this stack.
+        """
+        self.a_ERI[slot].copy_(stack.a_ERI[0])
+        self.b_ERO[slot].copy_(stack.b_ERO[0])
+        self.router.put(slot, router)
+        if self.fused:
+            assert isinstance(router, Phatgoose)
+            for name, one in split(router.prototypes_EI, self.a_ERI.dtype)._asdict().items():
+                if one is not None:
+                    self.get_buffer(name)[slot].copy_(one[0])
+
     def to_base(self) -> RoutedLinear:
         """Move what is new to the device of the base layer (which may be quantised)."""
         device = self._base_device()
