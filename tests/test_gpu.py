@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama, make_pool
+from conftest import assert_close, llama, make_expert, make_pool
 
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
+from phatgoose.expert import Expert
 from phatgoose.routed import RoutedModel
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
@@ -76,6 +77,34 @@ def test_captured_graph_follows_inputs_and_slots(tokens: int) -> None:
             y.fill_(torch.nan)
             graph.replay()
             assert torch.equal(y, linear(x))
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "arrow", "merged"])
+def test_captured_graph_follows_the_pool(router: str, tmp_path: Path) -> None:
+    """Experts added to and removed from a whole model, without another capture: as if it had been built so."""
+    pool = make_pool(llama, tmp_path)
+    model = RoutedModel.from_pool(llama().cuda(), pool, router=router, capacity=5)
+    block = model.model.model.layers[0].mlp
+    x = torch.randn(2, 9, 32, device="cuda")
+
+    def check() -> None:
+        y.fill_(torch.nan)
+        graph.replay()
+        scratch = RoutedModel.from_pool(llama().cuda(), model.pool, router=router)
+        assert_close(y, scratch.model.model.layers[0].mlp(x), relative=1e-4)
+
+    with torch.no_grad():
+        block(x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = block(x)
+        check()
+        model.add_expert(Expert(make_expert(llama, tmp_path / "e3", seed=3, r=4)))
+        check()
+        model.remove_expert("e1")
+        check()
+        model.add_expert(Expert(make_expert(llama, tmp_path / "e4", seed=4)))
+        check()
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

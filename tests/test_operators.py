@@ -98,6 +98,31 @@ def test_fused_layer_is_the_layer() -> None:
         torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
 
 
+@pytest.mark.parametrize("backend", ["auto", "gather", "grouped", "dense", "triton"])
+def test_compiles_as_one_graph(backend: kernels.Backend) -> None:
+    # torch 2.13 compiles grouped_mm in bf16 only
+    linear, x = make_linear(backend, torch.bfloat16), torch.randn(2, 3, INPUTS, dtype=torch.bfloat16)
+    compiled = torch.compile(linear, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), linear(x))
+
+
+def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, dtypes = torch.device("cuda"), (torch.float32, torch.bfloat16, torch.float16)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(kernels, "find_spec", lambda name: name == "triton")
+    assert all(kernels.runs_triton(gpu, dtype) for dtype in dtypes)
+    assert not kernels.runs_triton(gpu, torch.float64)
+    assert not kernels.runs_triton(torch.device("cpu"), torch.bfloat16)
+    assert make_linear("auto").backend == "auto"  # on a CPU
+    monkeypatch.setattr(RoutedLinear, "_base_device", lambda self: gpu)
+    assert make_linear("auto").fused and make_linear("auto", torch.bfloat16).backend == "triton"
+    assert make_linear("grouped").backend == "grouped"
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    assert make_linear("auto").backend == "auto"
+
+
 def test_base_layer_inside_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_linear("reference")
     monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", True)

@@ -142,6 +142,16 @@ def test_half_precision(kernel: str, tokens: int, dtype: torch.dtype) -> None:
     check(kernel, MIDDLE._replace(tokens=tokens), dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_row_keeps_its_low_bits(dtype: torch.dtype) -> None:
+    """Many blocks of features in one program: a block that is overwritten too early spoils single rows' hi + lo."""
+    layer = make_layer(MIDDLE._replace(tokens=130, inputs=520), dtype)
+    scores = dataclasses.replace(settings.many(130, 2, 33, 520).scores, splits=1)
+    y_NO, choice = add("many", layer, ask(layer, 2), scores=scores)
+    check_choice(choice, true_scores(layer), SCORE_ERROR[dtype])
+    check_y(y_NO, layer, choice)
+
+
 def test_large_groups() -> None:
     check("many", LARGE, torch.float32)
 

@@ -9,6 +9,7 @@ or the new one; folders that no manifest names are swept by the next change.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,20 @@ class Pool:
     def subset(self, names: Sequence[str]) -> Pool:
         """The same pool with only these experts, in this order; nothing changes on disk."""
         return Pool(self.folder, self.manifest.with_entries(self.entry(name) for name in names))
+
+    def with_expert(self, expert: Expert) -> Pool:
+        """The same pool and one expert more, wherever its folder lies; nothing changes on disk.
+
+        Raises:
+            PoolError: the name is taken, or the adapter has another base.
+        """
+        self._check_name_is_free(expert.name, expert.folder)
+        check_base(self.folder, self.base, expert)
+        folder = expert.folder.resolve()
+        path = Path(os.path.relpath(folder, self.folder.resolve())).as_posix()
+        files = {file.name: sha256(file) for file in sorted(expert.files())}
+        entry = Entry(name=expert.name, path=path, hub=None, source=folder.name, files=files)
+        return Pool(self.folder, self.manifest.with_entries([*self.entries, entry]))
 
     def add(
         self,

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from phatgoose.base import DTYPES
 from phatgoose.config import RecordingConfig
 from phatgoose.data import IGNORED, Encoder
-from phatgoose.errors import BaseModelError
+from phatgoose.errors import BaseModelError, RouterError
 from phatgoose.evaluation import PACKAGES
 from phatgoose.methods import Method
 from phatgoose.recording import RecordingFolder, RecordingHeader
@@ -139,10 +139,17 @@ def record_tasks(
         How many were there already.
 
     Raises:
+        RouterError: the model has empty slots.
         ResultsError: `out` is no folder, holds another recording, or is damaged
             or being written to.
         DataError, SuiteError, BaseModelError: see `record_task`.
     """
+    if "" in model.slots.names:
+        raise RouterError(
+            "routing of a model with empty slots cannot be recorded",
+            found=f"{len(model.pool)} experts in {len(model.slots)} slots",
+            fix="RoutedModel.from_pool without a capacity",
+        )
     header = RecordingHeader(
         method=method.name,
         router=method.settings,
@@ -154,7 +161,7 @@ def record_tasks(
         text=asdict(encoder.text),
         limit=config.limit,
         seed=config.seed,
-        experts=tuple(model.pool.names),
+        experts=tuple(model.slots.names),
         sites=tuple(model.routed_linears()),
         versions={package: version(package) for package in PACKAGES},
     )

@@ -13,15 +13,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from phatgoose.adapter import LoraShape
 from phatgoose.base import base_id, load_base, load_tokenizer
 from phatgoose.config import RouterConfig
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
+from phatgoose.expert import Expert
 from phatgoose.kernels import BACKENDS, Backend
 from phatgoose.pool import Pool
 from phatgoose.routed_linear import RoutedLinear
-from phatgoose.routers import PromptRouter, check_pool
+from phatgoose.routers import PromptRouter, check_needs, check_pool, router_class
 from phatgoose.sites import check_sites
-from phatgoose.stack import stack_sites
+from phatgoose.slots import Slots
+from phatgoose.stack import stack_sites, stack_slot
 from phatgoose.trace import RoutingRecord, ScoresRecord, Trace
 
 
@@ -42,10 +45,12 @@ class RoutedModel(nn.Module):
         config: RouterConfig,
         prompt_router: PromptRouter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        slots: Slots | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.pool = pool
+        self.slots = slots or Slots(pool.names)
         self.router_config = config
         self.prompt_router = prompt_router
         self._tokenizer = tokenizer
@@ -63,6 +68,7 @@ class RoutedModel(nn.Module):
         top_k: int = RouterConfig.top_k,
         backend: Backend = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
+        capacity: int | None = None,
         **options: Any,
     ) -> RoutedModel:
         """Route `base` among the experts of `pool`.
@@ -77,6 +83,8 @@ class RoutedModel(nn.Module):
             top_k: experts per token and site.
             backend: see `phatgoose.kernels`.
             tokenizer: for routers that read prompts; the base's own if None.
+            capacity: slots for experts, so that `add_expert` and `remove_expert` can be called; memory is
+                taken for all of them. None for as many as the pool has, which then stay.
             options: the other fields of `RouterConfig` (`eps`, `temperature`, ...).
 
         Raises:
@@ -91,6 +99,14 @@ class RoutedModel(nn.Module):
         router_type = check_pool(pool, config)
         if config.expert is not None:
             pool = pool.subset([config.expert])
+            if capacity is not None:
+                raise ConfigError(
+                    f"router {config.router!r} has no use for a capacity",
+                    found=f"capacity {capacity}",
+                    expected="one expert for every token",
+                    fix="leave capacity out",
+                )
+        slots = Slots(pool.names, capacity)
         model = load_base(base, pool.base.revision) if isinstance(base, str) else base
         _check_base(model, pool)
         experts = pool.experts()
@@ -100,12 +116,75 @@ class RoutedModel(nn.Module):
             dtype=model.dtype,
             with_gates="gate" in router_type.needs,
             with_activations="activations" in router_type.needs,
+            capacity=capacity,
         )
         for site, stack in stacks.items():
             rule = router_type(stack, config)
             routed = RoutedLinear(model.get_submodule(site), stack, rule, backend)
             model.set_submodule(site, routed.to_base())
-        return cls(model, pool, config, router_type.for_prompts(experts, config), tokenizer)
+        by_slot = [*experts, *[None] * (len(slots) - len(experts))]
+        return cls(model, pool, config, router_type.for_prompts(by_slot, config), tokenizer, slots)
+
+    def add_expert(self, expert: Expert) -> None:
+        """Put an expert into an empty slot. No tensor moves, so captured and compiled graphs stay valid.
+
+        `pool` becomes one with this expert; nothing changes on disk. Caches of keys and
+        values from before are another pool's. Nobody may call the model meanwhile.
+
+        Raises:
+            RouterError: no slot is empty (or there are none, see `from_pool`); the expert lacks
+                what the router needs, adapts a layer that is not routed, or has too large a rank.
+            PoolError: the name is taken, or the expert was made for another base model.
+            AdapterError, GateError, PrototypeError: its files are damaged. Nothing has changed then.
+            RuntimeError: inside a `with` block of this model.
+        """
+        self.slots.check_open()
+        pool = self.pool.with_expert(expert)
+        check_needs(pool, self.router_config, [expert])
+        self._put(self.slots.empty(), expert, pool)
+
+    def remove_expert(self, name: str) -> None:
+        """Empty an expert's slot, for others to use; see `add_expert`.
+
+        Raises:
+            PoolError: no expert of that name.
+            RouterError: it is the last one, or there are no slots.
+            RuntimeError: inside a `with` block of this model.
+        """
+        self.slots.check_open()
+        self.pool.entry(name)
+        others = [other for other in self.pool.names if other != name]
+        if not others:
+            raise RouterError(
+                f"{name!r} is the last expert",
+                expected="at least one expert left",
+                fix="add another one first, or unwrap() the model",
+            )
+        self._put(self.slots.names.index(name), None, self.pool.subset(others))
+
+    def _put(self, slot: int, expert: Expert | None, pool: Pool) -> None:
+        """Write an expert, or nothing, into a slot of every site. All is read before anything is written."""
+        if self._tracing or self._masked or self._prompt_masked or self._prompts_are_known():
+            raise RuntimeError("experts cannot change inside trace(), recording(), without() or prompts()")
+        linears, router_type = self.routed_linears(), router_class(self.router_config.router)
+        shapes = {
+            site: LoraShape(linear.a_ERI.shape[1], linear.a_ERI.shape[2], linear.b_ERO.shape[2])
+            for site, linear in linears.items()
+        }
+        stacks = stack_slot(
+            expert,
+            shapes,
+            dtype=next(iter(linears.values())).a_ERI.dtype,
+            with_gates="gate" in router_type.needs,
+            with_activations="activations" in router_type.needs,
+        )
+        rules = {site: router_type(stack, self.router_config) for site, stack in stacks.items()}
+        if self.prompt_router is not None:
+            self.prompt_router.put(slot, expert)
+        for site, linear in linears.items():
+            linear.put(slot, stacks[site], rules[site])
+        self.slots.names[slot] = "" if expert is None else expert.name
+        self.pool = pool
 
     def unwrap(self) -> PreTrainedModel:
         """Put the base model's own layers back and return it."""
@@ -124,7 +203,7 @@ class RoutedModel(nn.Module):
         Raises:
             RuntimeError: another trace is being recorded.
         """
-        trace = Trace(self.pool.names, list(self.routed_linears()))
+        trace = Trace(self.slots.names, list(self.routed_linears()))
         with self.recording(trace.records):
             yield trace
 
@@ -262,7 +341,7 @@ class RoutedModel(nn.Module):
             raise RouterError(
                 "every expert is masked", found=", ".join(sorted(names)), expected="at least one expert left"
             )
-        return torch.tensor([[-torch.inf if name in names else 0.0 for name in self.pool.names]])
+        return torch.tensor([[-torch.inf if name in names else 0.0 for name in self.slots.names]])
 
     def __getattr__(self, name: str) -> Any:
         try:

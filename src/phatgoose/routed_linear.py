@@ -34,7 +34,7 @@ class RoutedLinear(WrappedLinear):
         base: the linear layer that is replaced; any kind, quantised ones too.
         stack: the experts at this site.
         router: chooses among them.
-        backend: how their updates are mixed.
+        backend: how their updates are mixed. "auto" is "triton" where the base layer lies on a GPU that has it.
     """
 
     a_ERI: torch.Tensor
@@ -47,6 +47,8 @@ class RoutedLinear(WrappedLinear):
         super().__init__(base)
         self.router = router
         self.backend = backend
+        if backend == "auto" and kernels.runs_triton(self._base_device(), stack.a_ERI.dtype):
+            self.backend = "triton"
         self.record: RoutingRecord | ScoresRecord | None = None
         self.prompt_bias_BE: torch.Tensor | None = None
         self.prompt_mask_BE: torch.Tensor | None = None
@@ -100,9 +102,27 @@ class RoutedLinear(WrappedLinear):
             )
         return y + update_NO.view(y.shape).to(y.dtype)
 
+    @torch.no_grad()
+    def put(self, slot: int, stack: SiteStack, router: Router) -> None:
+        """Write another expert in the place of the one in a slot; no tensor moves.
+
+        Args:
+            slot: its expert id.
+            stack: of that expert alone, with as large a rank; or of an empty slot.
+            router: the rule for this stack.
+        """
+        self.a_ERI[slot].copy_(stack.a_ERI[0])
+        self.b_ERO[slot].copy_(stack.b_ERO[0])
+        self.router.put(slot, router)
+        if self.fused:
+            assert isinstance(router, Phatgoose)
+            for name, one in split(router.prototypes_EI, self.a_ERI.dtype)._asdict().items():
+                if one is not None:
+                    self.get_buffer(name)[slot].copy_(one[0])
+
     def to_base(self) -> RoutedLinear:
         """Move what is new to the device of the base layer (which may be quantised)."""
-        device = next((p.device for p in self.base.parameters()), torch.device("cpu"))
+        device = self._base_device()
         self.a_ERI = self.a_ERI.to(device)
         self.b_ERO = self.b_ERO.to(device)
         if self.fused:
@@ -110,6 +130,9 @@ class RoutedLinear(WrappedLinear):
             self.lo_EI = None if self.lo_EI is None else self.lo_EI.to(device)
         self.router.to(device)
         return self
+
+    def _base_device(self) -> torch.device:
+        return next((p.device for p in self.base.parameters()), torch.device("cpu"))
 
     def _question(self, bias_NE: torch.Tensor | None, mask_NE: torch.Tensor | None) -> tuple[Any, ...]:
         """What the operators that route take after x, or after the base's weights."""

@@ -70,7 +70,7 @@ class Trace:
     see the input's positions, the others the output's.
 
     Args:
-        expert_names: by expert id.
+        expert_names: by expert id; "" for an empty slot.
         sites: names of the routed sites, in the order of the model.
     """
 

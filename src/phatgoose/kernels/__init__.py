@@ -9,23 +9,33 @@ backend does that at no cost. `routing_operators.py` has what routes too.
 Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
 R rank. Backends take plain tensors and know nothing of models.
 
-The rule of "auto" (`choose`) is documented with its measurements in
+The rule of "auto" (`runs_triton`, `choose`) is documented with its measurements in
 docs/performance.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib import import_module
+from importlib.util import find_spec
 from typing import Literal, TypeAlias, get_args
 
 import torch
+
+from phatgoose.kernels import dense, gather, grouped, reference
 
 Backend = Literal["auto", "reference", "gather", "grouped", "dense", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
 MixLoras: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+TORCH_BACKENDS: dict[str, MixLoras] = {
+    "reference": reference.mix_loras,
+    "gather": gather.mix_loras,
+    "grouped": grouped.mix_loras,
+    "dense": dense.mix_loras,
+}
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def mix_loras(
@@ -99,10 +109,7 @@ def mix_parameters(
 
 
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool) -> Backend:
-    """The backend for a shape and a kind of device. Depends on nothing else, so that equal calls run equal code.
-
-    "triton" must be asked for: it has not run on a GPU yet.
-    """
+    """The PyTorch backend for a shape and a kind of device. Depends on nothing else: equal calls run equal code."""
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
@@ -114,9 +121,24 @@ def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: 
 
 
 def load(backend: Backend) -> MixLoras:
-    """A backend's function. Backends are imported when first used."""
-    function: MixLoras = import_module(f"phatgoose.kernels.{backend}").mix_loras
-    return function
+    """A backend's function. Nothing is looked up by name, so that compilers can trace it."""
+    if backend == "triton":
+        # imported when first used, because it registers operators
+        from phatgoose.kernels import triton
+
+        return triton.mix_loras
+    return TORCH_BACKENDS[backend]
+
+
+def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether layers on `device` with factors in `dtype` take "triton" for "auto"."""
+    return (
+        device.type == "cuda"
+        and torch.version.cuda is not None  # ROCm calls its devices so too
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in TRITON_DTYPES
+        and find_spec("triton") is not None
+    )
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phatgoose.kernels import choose, load
+from phatgoose.kernels import TRITON_DTYPES, choose, load
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # the kernels unroll their loop over the chosen experts
 MOST_TOP_K = 8
 
@@ -66,8 +65,8 @@ def mix_on_cuda(
 
 def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> None:
     """What kernels would not notice."""
-    if x_NI.dtype not in DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
-        raise TypeError(f"x, a and b must share one of {DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
+    if x_NI.dtype not in TRITON_DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
+        raise TypeError(f"x, a and b must share one of {TRITON_DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
     if hasattr(routing, "hi_EI") and routing.hi_EI.dtype != x_NI.dtype:
         raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
 

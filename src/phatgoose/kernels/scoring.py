@@ -61,8 +61,12 @@ def partial_scores(
 ):
     """dots_SNE and stats_SN2 (sum and sum of squares of x) of one split of I.
 
-    BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units.
+    BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. From 64 on these are Hopper's,
+    which still read x from shared memory when the next step begins. Triton (3.6) keeps one buffer too few of x if the
+    sums read it too: the step after next overwrites what the product with lo still reads. So the sums read x for
+    themselves there (tests/test_triton_compile.py counts the buffers).
     """
+    SUMS_APART: tl.constexpr = BLOCK_N >= 64
     pid_n = tl.program_id(0)
     pid_e = tl.program_id(1)
     split = tl.program_id(2)
@@ -106,13 +110,22 @@ def partial_scores(
             if HAS_LO:
                 lo_EI = tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
                 dots_NE = product(x_NI, lo_EI.T, dots_NE, UPCAST)
-            wide_NI = x_NI.to(tl.float32)
-            sum_N += tl.sum(wide_NI, axis=1)
-            square_N += tl.sum(wide_NI * wide_NI, axis=1)
+            if not SUMS_APART:
+                wide_NI = x_NI.to(tl.float32)
+                sum_N += tl.sum(wide_NI, axis=1)
+                square_N += tl.sum(wide_NI * wide_NI, axis=1)
 
     slot = split.to(tl.int64) * num_tokens + n
     tl.store(dots_ptr + slot[:, None] * num_experts + e[None, :], dots_NE, mask=in_n[:, None] & in_e[None, :])
-    if pid_e == 0:
+    # the last block of experts may be the smallest, so that its program has time left
+    if pid_e == tl.num_programs(1) - 1:
+        if SUMS_APART:
+            for step in tl.range(0, STEPS, num_stages=3):
+                i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+                mask_NI = in_n[:, None] & (i < in_features)[None, :]
+                wide_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
+                sum_N += tl.sum(wide_NI, axis=1)
+                square_N += tl.sum(wide_NI * wide_NI, axis=1)
         tl.store(stats_ptr + slot * 2, sum_N, mask=in_n)
         tl.store(stats_ptr + slot * 2 + 1, square_N, mask=in_n)
 

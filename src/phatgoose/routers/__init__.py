@@ -82,9 +82,15 @@ class PromptRouter(ABC):
             bias_BE, fp32; -inf forbids an expert. The same at every site, or by site.
         """
 
+    def put(self, slot: int, expert: Expert | None) -> None:  # noqa: B027  (most know nothing of single experts)
+        """Take another expert, or none, in the place of the one in a slot."""
+
 
 class Router(nn.Module, ABC):
     """The routing rule at one site: scores, then a softmax over the best `top_k`.
+
+    Whatever it knows of experts lies in buffers whose first axis is theirs (E, or
+    E times something), so that `put` can write the rows of one.
 
     Args:
         stack: the experts' weights at this site.
@@ -114,14 +120,31 @@ class Router(nn.Module, ABC):
         super().__init__()
         self.top_k = config.top_k
         self.temperature = config.temperature
+        self.has_slots = stack.filled_E is not None
         # added to the scores: an expert that does not adapt this site is never chosen
         absent_E = torch.zeros(len(stack.present_E)).masked_fill(~stack.present_E.cpu(), float("-inf"))
         self.register_buffer("absent_E", absent_E, persistent=False)
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter | None:
-        """What reads whole prompts for all sites, if this rule does; None for token-level rules."""
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter | None:
+        """What reads whole prompts for all sites, if this rule does; None for token-level rules.
+
+        Args:
+            experts: by expert id; None for an empty slot.
+            config: see the class.
+        """
         return None
+
+    @torch.no_grad()
+    def put(self, slot: int, one: Router) -> None:
+        """Write another expert in the place of the one in a slot; no tensor moves.
+
+        Args:
+            slot: its expert id.
+            one: the same rule for a stack of that expert alone, with as large a rank, or of an empty slot.
+        """
+        for name, buffer in self.named_buffers():
+            buffer.unflatten(0, (len(self.absent_E), -1))[slot].copy_(one.get_buffer(name))
 
     @abstractmethod
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
@@ -178,8 +201,9 @@ class Router(nn.Module, ABC):
         """
         top_NK, expert_ids_NK = torch.topk(scores_NE, self.top_k, dim=-1)
         weights_NK = self.weights(top_NK / self.temperature)
-        # only a mask can leave a token without any expert at all
-        return Routing(weights_NK if mask_NE is None else weights_NK.nan_to_num(0.0), expert_ids_NK)
+        # only a mask, or emptied slots, can leave a token without any expert at all
+        whole = mask_NE is None and not self.has_slots
+        return Routing(weights_NK if whole else weights_NK.nan_to_num(0.0), expert_ids_NK)
 
     def weights(self, scores_NK: torch.Tensor) -> torch.Tensor:
         """Softmax of the chosen scores. A row without any usable expert gets weights of 0, or NaN."""
@@ -222,7 +246,13 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
             expected="router single with one of the pool's experts, or another router without --expert",
             fix=f"--router single --expert {pool.names[0]}",
         )
-    for need in sorted(found.needs - {"adapter"}):
+    check_needs(pool, config, experts)
+    return found
+
+
+def check_needs(pool: Pool, config: RouterConfig, experts: Sequence[Expert]) -> None:
+    """Check that these experts of a pool bring along what the router needs. Raises RouterError."""
+    for need in sorted(router_class(config.router).needs - {"adapter"}):
         lacking = [expert for expert in experts if not expert.brings(need)]
         if lacking:
             noun, command = NEEDS[need]
@@ -237,4 +267,3 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
                 expected=f"{noun} beside every adapter",
                 fix=fix,
             )
-    return found

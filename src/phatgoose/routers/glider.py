@@ -36,20 +36,31 @@ class Glider(Phatgoose):
     reads_prompts = True
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
         return Similarity(experts, config.global_scale)
 
 
 class Similarity(PromptRouter):
-    """Scaled cosine between a prompt and each expert's mean example."""
+    """Scaled cosine between a prompt and each expert's mean example; 0 for an empty slot."""
 
-    def __init__(self, experts: Sequence[Expert], scale: float) -> None:
+    def __init__(self, experts: Sequence[Expert | None], scale: float) -> None:
         self.encoder = SentenceEncoder()
         self.scale = scale
-        means = [load_embeddings(expert.folder, self.encoder.name).mean(dim=0) for expert in experts]
-        self.experts_ED = F.normalize(torch.stack(means), dim=1)
+        self.experts: list[torch.Tensor | None] = [self._mean(expert) for expert in experts]
+
+    def put(self, slot: int, expert: Expert | None) -> None:
+        """See `PromptRouter.put`."""
+        self.experts[slot] = self._mean(expert)
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
-        return self.scale * (self.encoder.embed(model.texts(prompt_ids)) @ self.experts_ED.T)
+        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
+        nowhere_D = prompts_BD.new_zeros(prompts_BD.shape[1])
+        experts_ED = torch.stack([nowhere_D if mean_D is None else mean_D for mean_D in self.experts])
+        return self.scale * (prompts_BD @ experts_ED.T)
+
+    def _mean(self, expert: Expert | None) -> torch.Tensor | None:
+        if expert is None:
+            return None
+        return F.normalize(load_embeddings(expert.folder, self.encoder.name).mean(dim=0), dim=0)

@@ -14,17 +14,26 @@ from __future__ import annotations
 
 import torch
 
+from phatgoose.config import RouterConfig
 from phatgoose.routers import Routing
 from phatgoose.routers.uniform import Uniform
+from phatgoose.stack import SiteStack
 
 
 class Merged(Uniform):
     """The average of the outer products: weight 1/E for every expert."""
 
+    counted_E: torch.Tensor
+
+    def __init__(self, stack: SiteStack, config: RouterConfig) -> None:
+        super().__init__(stack, config)
+        filled_E = torch.ones_like(stack.present_E) if stack.filled_E is None else stack.filled_E
+        self.register_buffer("counted_E", filled_E.float(), persistent=False)
+
     def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
         """See `Router.choose`."""
         masked_N1 = 0 if mask_NE is None else mask_NE.isinf().sum(dim=1, keepdim=True)
-        weights_NE = (scores_NE > float("-inf")).float() / (scores_NE.shape[1] - masked_N1)
+        weights_NE = (scores_NE > float("-inf")).float() / (self.counted_E.sum() - masked_N1)
         return super().choose(scores_NE)._replace(weights_NK=weights_NE.nan_to_num(0.0, posinf=0.0))
 
 

@@ -41,7 +41,7 @@ class PhatgoosePrior(Phatgoose):
     reads_prompts = True
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
         return UsagePrior(config.prior_strength, config.prior_steps)
 
@@ -60,7 +60,7 @@ class UsagePrior(PromptRouter):
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
-        bias_BE = torch.zeros(len(prompt_ids), len(model.pool), device=model.device)
+        bias_BE = torch.zeros(len(prompt_ids), len(model.slots), device=model.device)
         for _ in range(self.steps):
             bias_BE = self.strength * torch.log(self._shares(model, prompt_ids, bias_BE) + FLOOR)
         return bias_BE
@@ -69,7 +69,7 @@ class UsagePrior(PromptRouter):
     def _shares(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]], bias_BE: torch.Tensor) -> torch.Tensor:
         """shares_BE: of all routing weights of each prompt, in a pass with this bias."""
         mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(model.device)
-        usage = Usage(mask_BS, len(model.pool))
+        usage = Usage(mask_BS, len(model.slots))
         linears = list(model.routed_linears().values())
         before = [(linear.record, linear.prompt_bias_BE) for linear in linears]
         # a mask hides padding from attention, and causal models never look right, so its id does not matter

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.embeddings import load_embeddings
 from phatgoose.expert import Expert
 from phatgoose.routers import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routers.retrieval import load_examples
 from phatgoose.sentence_encoder import SentenceEncoder
 
 if TYPE_CHECKING:
@@ -37,24 +37,31 @@ class PhatgooseRetrieval(Phatgoose):
     reads_prompts = True
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
         return ExampleDensity(experts, config.retrieval_scale)
 
 
 class ExampleDensity(PromptRouter):
-    """Log density of a prompt among each expert's examples."""
+    """Log density of a prompt among each expert's examples; 0 for an empty slot."""
 
-    def __init__(self, experts: Sequence[Expert], scale: float) -> None:
+    def __init__(self, experts: Sequence[Expert | None], scale: float) -> None:
         self.encoder = SentenceEncoder()
         self.scale = scale
-        self.examples = [load_embeddings(expert.folder, self.encoder.name) for expert in experts]
+        self.examples = [load_examples(expert, self.encoder) for expert in experts]
+
+    def put(self, slot: int, expert: Expert | None) -> None:
+        """See `PromptRouter.put`."""
+        self.examples[slot] = load_examples(expert, self.encoder)
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
+        nobody_B = prompts_BD.new_zeros(len(prompts_BD))
         log_densities = [
-            torch.logsumexp(self.scale * prompts_BD @ examples_MD.T, dim=1) - math.log(len(examples_MD))
-            for examples_MD in self.examples
+            nobody_B
+            if of_one_MD is None
+            else torch.logsumexp(self.scale * prompts_BD @ of_one_MD.T, dim=1) - math.log(len(of_one_MD))
+            for of_one_MD in self.examples
         ]
         return torch.stack(log_densities, dim=1)

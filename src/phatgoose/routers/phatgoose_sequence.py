@@ -38,7 +38,7 @@ class PhatgooseSequence(Router):
         self.token_router = Phatgoose(stack, config)
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
         return MeanScores()
 

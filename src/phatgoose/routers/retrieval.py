@@ -33,7 +33,7 @@ class Retrieval(Uniform):
     reads_prompts = True
 
     @classmethod
-    def for_prompts(cls, experts: Sequence[Expert], config: RouterConfig) -> PromptRouter:
+    def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter:
         """See `Router.for_prompts`."""
         return NearestExample(experts)
 
@@ -46,13 +46,26 @@ class Retrieval(Uniform):
 class NearestExample(PromptRouter):
     """Forbids every expert but the owner of the nearest example."""
 
-    def __init__(self, experts: Sequence[Expert]) -> None:
+    def __init__(self, experts: Sequence[Expert | None]) -> None:
         self.encoder = SentenceEncoder()
-        self.examples = [load_embeddings(expert.folder, self.encoder.name) for expert in experts]
+        self.examples = [load_examples(expert, self.encoder) for expert in experts]
+
+    def put(self, slot: int, expert: Expert | None) -> None:
+        """See `PromptRouter.put`."""
+        self.examples[slot] = load_examples(expert, self.encoder)
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
-        nearest_BE = torch.stack([(prompts_BD @ examples_MD.T).amax(dim=1) for examples_MD in self.examples], dim=1)
+        nobody_B = prompts_BD.new_full((len(prompts_BD),), -torch.inf)
+        nearest_BE = torch.stack(
+            [nobody_B if of_one_MD is None else (prompts_BD @ of_one_MD.T).amax(dim=1) for of_one_MD in self.examples],
+            dim=1,
+        )
         owners_B1 = (nearest_BE + model.mask_BE(len(prompt_ids))).argmax(dim=1, keepdim=True)
         return torch.full_like(nearest_BE, -torch.inf).scatter(1, owners_B1, 0.0)
+
+
+def load_examples(expert: Expert | None, encoder: SentenceEncoder) -> torch.Tensor | None:
+    """An expert's embedded examples, (M, D); None for an empty slot."""
+    return None if expert is None else load_embeddings(expert.folder, encoder.name)
