@@ -141,3 +141,21 @@ def test_generates_with_a_static_cache(tmp_path: Path) -> None:
         options = {"cache_implementation": "static"} if backend == "triton" else {}
         found.append(model.generate(ids, max_new_tokens=8, do_sample=False, **options))
     assert torch.equal(*found)
+
+
+def test_generate_batch_captures_its_steps(tmp_path: Path) -> None:
+    """transformers' continuous batching with CUDA graphs writes what `generate` writes."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    model = RoutedModel.from_pool(llama().cuda(), make_pool(llama, tmp_path))
+    prompts = [torch.randint(3, 90, (n,)).tolist() for n in (5, 8, 3)]
+    config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    cache = ContinuousBatchingConfig(page_size=256, num_blocks=8, max_batch_tokens=64, use_cuda_graph=True)
+    outputs = model.generate_batch(prompts, config, cache)
+    found = sorted((list(out.prompt_ids), list(out.generated_tokens)) for out in outputs.values())
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        expected.append((prompt, written[0, len(prompt) :].tolist()))
+    assert found == sorted(expected)
