@@ -29,6 +29,7 @@ from phatgoose.config import RouterConfig
 from phatgoose.kernels import BACKENDS
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.shared_input import share_inputs
 from phatgoose.stack import SiteStack
 
 Call = Callable[[], torch.Tensor]
@@ -69,6 +70,7 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, nargs=2, default=[4, 1024], help="sequences, and tokens of each")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
+    parser.add_argument("--share-input", action="store_true", help="layers of one input share launches")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -126,6 +128,8 @@ def routed_randomly(model: Any, experts: int, args: argparse.Namespace) -> Any:
                 )
                 router = Phatgoose(stack, RouterConfig(top_k=args.top_k)).to(args.device)
             routed.set_submodule(site, RoutedLinear(linear, stack, router, args.backend))
+    if args.share_input:
+        share_inputs((site, linear) for site, linear in routed.named_modules() if isinstance(linear, RoutedLinear))
     return routed
 
 
@@ -203,7 +207,7 @@ def row(args: argparse.Namespace, experts: int, what: str, batch: int, times: di
         "torch": torch.__version__,
         "shape": args.shape,
         "dtype": args.dtype,
-        "backend": args.backend,
+        "backend": args.backend + (", shared input" if args.share_input else ""),
         "experts": experts,
         "rank": args.rank,
         "top_k": args.top_k,

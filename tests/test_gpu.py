@@ -14,6 +14,7 @@ from phatgoose.expert import Expert
 from phatgoose.routed import RoutedModel
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.shared_input import share_inputs
 from phatgoose.stack import SiteStack
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -129,6 +130,28 @@ def test_compiles_as_one_graph(tokens: int) -> None:
         for _ in range(4):
             x = torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16)
             assert close(compiled(x).clone(), linear(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_layers_that_share_launches(tokens: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    """Gate and up in the launches of one, captured; the sums of few and many splits differ by rounding."""
+    pool = make_pool(llama, tmp_path, num_experts=5)
+    shared, alone = (RoutedModel.from_pool(llama().to("cuda", dtype), pool) for _ in range(2))
+    share_inputs(shared.routed_linears().items())
+    blocks = [model.model.model.layers[0].mlp for model in (shared, alone)]
+    assert blocks[0].up_proj.shared is not None
+    x = torch.randn(tokens, 32, device="cuda", dtype=dtype)
+    with torch.no_grad():
+        blocks[0](x)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = blocks[0](x)
+        for _ in range(3):
+            x.copy_(torch.randn_like(x))
+            y.fill_(torch.nan)
+            graph.replay()
+            assert_close(y, blocks[1](x), relative=1e-4 if dtype == torch.float32 else 2e-2)
 
 
 def test_generates_with_a_static_cache(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ pytest.importorskip("triton")
 from test_kernels import Shape
 
 from phatgoose.kernels import settings
-from phatgoose.kernels.launches import Choice, Question, add_few
+from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
 from phatgoose.kernels.prototypes import split
 from phatgoose.kernels.sorted_launches import add_many
 
@@ -231,6 +231,31 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
     check_choice(choice, true_scores(layer), SCORE_ERROR[torch.bfloat16] + 400 * 2**-22)
     _, without = add(kernel, layer, question._replace(sums_E=torch.zeros_like(question.sums_E)))
     assert (without.weights_NK - choice.weights_NK).abs().max() > SCORE_ERROR[torch.bfloat16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize("outputs", [(80, 24, 150), (300, 40)], ids=["qkv", "pair"])
+def test_layers_that_share_launches(outputs: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
+    """Bit by bit what each gets alone, with a bias of its own; beside y nothing is written."""
+    layers = [make_layer(MIDDLE._replace(tokens=tokens, inputs=600, outputs=o), dtype) for o in outputs]
+    x_NI = layers[0].x_NI
+    layers = [layer._replace(x_NI=x_NI) for layer in layers]
+    biases = [torch.randn(1, MIDDLE.experts, device=DEVICE) for _ in layers]
+    questions = [ask(layer, 2, bias_NE) for layer, bias_NE in zip(layers, biases, strict=True)]
+    few = settings.few(tokens, MIDDLE.experts, 600, layers=len(layers))
+    wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
+    ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]
+    downs, ups = [layer.a_ERI for layer in layers], [layer.b_ERO for layer in layers]
+    choices = add_few_shared(ys, x_NI, downs, ups, questions, few)
+    for g, (layer, question) in enumerate(zip(layers, questions, strict=True)):
+        y_NO = torch.full_like(ys[g], 0.25)
+        alone = add_few(y_NO, x_NI, layer.a_ERI, layer.b_ERO, question, few)
+        assert all(torch.equal(one, other) for one, other in zip(choices.of_layer(g), alone, strict=True))
+        assert torch.equal(ys[g], y_NO)
+        assert (wide[g][:, outputs[g] :] == 0.25).all()
+        check_choice(alone, true_scores(layer, biases[g]), SCORE_ERROR[dtype])
+        check_y(y_NO, layer, alone)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

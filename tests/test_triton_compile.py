@@ -18,8 +18,8 @@ PROGRAM = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 from compile_kernels import layer_launches, usage
-for tokens, experts, pdl in json.loads(sys.argv[2]):
-    for launch in layer_launches(tokens, experts, 4096, 4096, pdl=pdl):
+for tokens, experts, pdl, layers in json.loads(sys.argv[2]):
+    for launch in layer_launches(tokens, experts, 4096, 4096, pdl=pdl, layers=layers):
         compiled = launch.compile()
         print(json.dumps([tokens, launch.kernel.__name__, usage(compiled), compiled.asm["ptx"], compiled.asm["ttgir"]]))
 """
@@ -33,12 +33,12 @@ def test_compiles_for_hopper() -> None:
         "-c",
         PROGRAM,
         str(BENCHMARKS),
-        json.dumps([(1, 166, True), (32, 166, False), (4096, 166, False)]),
+        json.dumps([(1, 166, True, 1), (32, 166, False, 1), (2, 166, False, 3), (4096, 166, False, 1)]),
     ]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
     found = [json.loads(line) for line in lines]
     assert [(tokens, name) for tokens, name, *_ in found] == [
-        *((tokens, name) for tokens in (1, 32) for name in ("partial_scores", "shrink_few", "expand_few")),
+        *((tokens, name) for tokens in (1, 32, 2) for name in ("partial_scores", "shrink_few", "expand_few")),
         *((4096, name) for name in ("partial_scores", "choose_many", "place_pairs", "shrink_many")),
         *((4096, "expand_many"),) * 2,
     ]

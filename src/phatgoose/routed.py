@@ -19,9 +19,11 @@ from phatgoose.config import RouterConfig
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.expert import Expert
 from phatgoose.kernels import BACKENDS, Backend
+from phatgoose.kernels import settings as kernel_settings
 from phatgoose.pool import Pool
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import PromptRouter, check_needs, check_pool, router_class
+from phatgoose.shared_input import share_inputs
 from phatgoose.sites import check_sites
 from phatgoose.slots import Slots
 from phatgoose.stack import stack_sites, stack_slot
@@ -122,6 +124,8 @@ class RoutedModel(nn.Module):
             rule = router_type(stack, config)
             routed = RoutedLinear(model.get_submodule(site), stack, rule, backend)
             model.set_submodule(site, routed.to_base())
+        if kernel_settings.SHARE_INPUT:
+            share_inputs((site, linear) for site, linear in model.named_modules() if isinstance(linear, RoutedLinear))
         by_slot = [*experts, *[None] * (len(slots) - len(experts))]
         return cls(model, pool, config, router_type.for_prompts(by_slot, config), tokenizer, slots)
 

@@ -17,6 +17,7 @@ from phatgoose.kernels import settings as kernel_settings
 from phatgoose.kernels.prototypes import split
 from phatgoose.routers import Router, Routing
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.shared_input import SharedInput
 from phatgoose.stack import SiteStack
 from phatgoose.trace import RoutingRecord, ScoresRecord
 from phatgoose.wrapped import WrappedLinear
@@ -53,6 +54,8 @@ class RoutedLinear(WrappedLinear):
         self.prompt_bias_BE: torch.Tensor | None = None
         self.prompt_mask_BE: torch.Tensor | None = None
         self.mask_1E: torch.Tensor | None = None
+        # with others of the same input, and which of them this is
+        self.shared: tuple[SharedInput, int] | None = None
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
         self.fused = self.beside = False
@@ -69,19 +72,24 @@ class RoutedLinear(WrappedLinear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
+        if self.shared is not None:
+            shared, g = self.shared
+            found = shared.take(g, x)
+            if found is not None:
+                return self._recorded(found[1], x.shape, found[0])
         x_NI = x.reshape(-1, x.shape[-1])
-        bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         fused = self.fused and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord)
         if fused and self.beside and not _wants_gradients(x_NI, self.weight):
-            question = self._question(bias_NE, mask_NE)
+            question = self.question(len(x_NI))
             y_NO, *choice = torch.ops.phatgoose.routed_linear(x_NI, self.weight, self.bias, *question)
             return self._recorded(Routing(*choice), x.shape, y_NO.view(*x.shape[:-1], -1))
         y: torch.Tensor = self.base(x)
         in_place = self.backend == "triton" and y.is_contiguous() and not _wants_gradients(x_NI, y)
         if fused and in_place:
-            question = self._question(bias_NE, mask_NE)
+            question = self.question(len(x_NI))
             choice = torch.ops.phatgoose.route_and_add_(y.view(-1, y.shape[-1]), x_NI, *question)
             return self._recorded(Routing(*choice), x.shape, y)
+        bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
             scores_NE = self.router.final_scores(x_NI, bias_NE, mask_NE)
             routing = self.router.choose(scores_NE, mask_NE)
@@ -111,6 +119,8 @@ class RoutedLinear(WrappedLinear):
             stack: of that expert alone, with as large a rank; or of an empty slot.
             router: the rule for this stack.
         """
+        if self.shared is not None:
+            self.shared[0].forget()
         self.a_ERI[slot].copy_(stack.a_ERI[0])
         self.b_ERO[slot].copy_(stack.b_ERO[0])
         self.router.put(slot, router)
@@ -134,10 +144,10 @@ class RoutedLinear(WrappedLinear):
     def _base_device(self) -> torch.device:
         return next((p.device for p in self.base.parameters()), torch.device("cpu"))
 
-    def _question(self, bias_NE: torch.Tensor | None, mask_NE: torch.Tensor | None) -> tuple[Any, ...]:
+    def question(self, num_tokens: int) -> tuple[Any, ...]:
         """What the operators that route take after x, or after the base's weights."""
         added_NE = self.router.absent_E.unsqueeze(0)
-        for term_NE in (bias_NE, mask_NE):
+        for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
                 added_NE = added_NE + term_NE
         prototypes = (self.hi_EI, self.lo_EI, self.sums_E)

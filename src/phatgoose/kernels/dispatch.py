@@ -17,6 +17,8 @@ from phatgoose.kernels import TRITON_DTYPES, choose, load
 
 # the kernels unroll their loop over the chosen experts
 MOST_TOP_K = 8
+# layers of one x that share launches
+MOST_LAYERS = 3
 
 
 def mix_with_torch(
@@ -71,6 +73,18 @@ def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing:
         raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
 
 
+def check_shared(outputs: list[torch.Tensor], downs: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
+    """What kernels for layers of one x would not notice."""
+    if not 1 <= len(outputs) <= MOST_LAYERS or len({y_NO.dtype for y_NO in outputs}) > 1:
+        raise TypeError(f"up to {MOST_LAYERS} outputs of one dtype, got {[y_NO.dtype for y_NO in outputs]}")
+    for tensors in (downs, biases):
+        if len({t.shape for t in tensors}) > 1:
+            raise ValueError(f"layers of one x differ: {[tuple(t.shape) for t in tensors]}")
+    for y_NO in outputs:
+        if y_NO.stride(1) != 1:
+            raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
+
+
 def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> Any:
     """Check what kernels would not notice, then launch."""
     # triton is imported here: the operators exist without it
@@ -85,7 +99,7 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
     asks = isinstance(routing, launches.Question)
     top_k = routing.top_k if asks else routing.weights_NK.shape[1]
     if num_tokens == 0:
-        return launches.empty_choice(x_NI, top_k) if asks else routing
+        return launches.empty_choice(x_NI, 1, top_k).of_layer(0) if asks else routing
     with torch.cuda.device(x_NI.device):
         if settings.takes_few(num_tokens, top_k):
             few = settings.few(num_tokens, num_experts, in_features)

@@ -8,8 +8,9 @@
    K slots and adds them to y. Bytes: N * K * R * O * 2.
 
 A static LoRA has three launches beside the base too (A, B, add). No atomics: every number has one writer.
+Up to three layers G of one x have these launches in common.
 
-Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I.
+Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, follow
+from phatgoose.kernels.scoring import choose, follow, of_layer
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -25,9 +26,15 @@ def shrink_few(
     x_ptr,
     dots_ptr,
     stats_ptr,
-    sums_ptr,
-    bias_ptr,
-    a_ptr,
+    sums0_ptr,
+    sums1_ptr,
+    sums2_ptr,
+    bias0_ptr,
+    bias1_ptr,
+    bias2_ptr,
+    a0_ptr,
+    a1_ptr,
+    a2_ptr,
     weights_ptr,
     ids_ptr,
     h_ptr,
@@ -39,6 +46,7 @@ def shrink_few(
     stride_bias,
     eps,
     temperature,
+    LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -50,9 +58,14 @@ def shrink_few(
     ROUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h_SNKR: weight * (A x) of one split of I. ROUTE: choose first and write the choice; else read it."""
+    """h_GSNKR: weight * (A x) of one split of I. ROUTE: choose first and write the choice; else read it."""
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
+    g = tl.program_id(2).to(tl.int64)
+    a_ptr = of_layer(g, a0_ptr, a1_ptr, a2_ptr, LAYERS)
+    weights_ptr += g * num_tokens * TOP_K
+    ids_ptr += g * num_tokens * TOP_K
+    h_ptr += g * tl.num_programs(1) * num_tokens * TOP_K * rank
     k = tl.arange(0, K_PAD)
     r = tl.arange(0, R_PAD)
     in_k = k < TOP_K
@@ -60,10 +73,10 @@ def shrink_few(
     follow(PDL)
     if ROUTE:
         weights_NK, ids_NK = choose(
-            dots_ptr,
+            dots_ptr + g * SPLITS * num_tokens * num_experts,
             stats_ptr,
-            sums_ptr,
-            bias_ptr,
+            of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
+            of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
             token + tl.arange(0, 1),
             num_tokens,
             num_experts,
@@ -103,22 +116,38 @@ def shrink_few(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def expand_few(
-    y_ptr,
+    y0_ptr,
+    y1_ptr,
+    y2_ptr,
     h_ptr,
-    b_ptr,
+    b0_ptr,
+    b1_ptr,
+    b2_ptr,
     ids_ptr,
     num_tokens,
-    out_features,
+    out_features0,
+    out_features1,
+    out_features2,
     rank,
-    stride_y,
+    stride_y0,
+    stride_y1,
+    stride_y2,
+    LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     TOP_K: tl.constexpr,
     R_PAD: tl.constexpr,
     BLOCK_O: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y_NO += sum over the K slots of B h."""
+    """y_NO += sum over the K slots of B h. Layers have O of their own; programs beyond a smaller one find nothing."""
     token = tl.program_id(0).to(tl.int64)
+    g = tl.program_id(2).to(tl.int64)
+    y_ptr = of_layer(g, y0_ptr, y1_ptr, y2_ptr, LAYERS)
+    b_ptr = of_layer(g, b0_ptr, b1_ptr, b2_ptr, LAYERS)
+    out_features = of_layer(g, out_features0, out_features1, out_features2, LAYERS)
+    stride_y = of_layer(g, stride_y0, stride_y1, stride_y2, LAYERS)
+    ids_ptr += g * num_tokens * TOP_K
+    h_ptr += g * SPLITS * num_tokens * TOP_K * rank
     o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     r = tl.arange(0, R_PAD)
     s = tl.arange(0, SPLITS)

@@ -4,14 +4,15 @@ They allocate what lies between the kernels and set grids from shapes. Nothing w
 
 On CPU tensors (under TRITON_INTERPRET=1 only) operands are widened before products; see `scoring.product`.
 
-Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I, M = N * K pairs.
+Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I,
+M = N * K pairs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton
@@ -19,6 +20,8 @@ import triton
 from phatgoose.kernels.few_tokens import expand_few, shrink_few
 from phatgoose.kernels.scoring import partial_scores
 from phatgoose.kernels.settings import Few, Scores, power_of_two
+
+T = TypeVar("T")
 
 
 class Question(NamedTuple):
@@ -42,90 +45,109 @@ class Question(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """weights_NK (fp32), expert_ids_NK (int64)."""
+    """weights_NK (fp32), expert_ids_NK (int64). Launches for several layers write (G, N, K)."""
 
     weights_NK: torch.Tensor
     expert_ids_NK: torch.Tensor
 
+    def of_layer(self, g: int) -> Choice:
+        """One layer's, of several."""
+        return Choice(self.weights_NK.select(0, g), self.expert_ids_NK.select(0, g))
+
 
 def score(
-    x_NI: torch.Tensor, question: Question, settings: Scores, pdl: bool, stream: torch.cuda.Stream | None = None
+    x_NI: torch.Tensor,
+    questions: Sequence[Question],
+    settings: Scores,
+    pdl: bool,
+    stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dots_SNE, stats_SN2), fp32."""
-    (num_tokens, in_features), num_experts = x_NI.shape, question.hi_EI.shape[0]
-    dots_SNE = x_NI.new_empty(settings.splits, num_tokens, num_experts, dtype=torch.float32)
+    """(dots_GSNE, stats_SN2), fp32, for the questions of up to three layers."""
+    (num_tokens, in_features), num_experts = x_NI.shape, questions[0].hi_EI.shape[0]
+    dots_GSNE = x_NI.new_empty(len(questions), settings.splits, num_tokens, num_experts, dtype=torch.float32)
     stats_SN2 = x_NI.new_empty(settings.splits, num_tokens, 2, dtype=torch.float32)
     grid = (
         triton.cdiv(num_tokens, settings.block_n),
-        triton.cdiv(num_experts, settings.block_e),
+        triton.cdiv(num_experts, settings.block_e) * len(questions),
         settings.splits,
     )
     with torch.cuda.stream(stream) if stream else nullcontext():
         partial_scores[grid](
             x_NI,
-            question.hi_EI,
-            question.hi_EI if question.lo_EI is None else question.lo_EI,
-            dots_SNE,
+            *three([question.hi_EI for question in questions]),
+            *three([question.hi_EI if question.lo_EI is None else question.lo_EI for question in questions]),
+            dots_GSNE,
             stats_SN2,
             num_tokens,
             num_experts,
             in_features,
             x_NI.stride(0),
+            LAYERS=len(questions),
             BLOCK_N=settings.block_n,
             BLOCK_E=settings.block_e,
             BLOCK_I=settings.block_i,
             STEPS=steps_of(in_features, settings.block_i, settings.splits),
-            HAS_LO=question.lo_EI is not None,
+            HAS_LO=questions[0].lo_EI is not None,
             UPCAST=not x_NI.is_cuda,
             **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
         )
-    return dots_SNE, stats_SN2
+    return dots_GSNE, stats_SN2
 
 
 def shrink(
     x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    routing: Question | Choice,
+    factors: Sequence[torch.Tensor],
+    routings: Sequence[Question] | Sequence[Choice],
     settings: Few,
     scored: tuple[torch.Tensor, torch.Tensor] | None = None,
     stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, Choice]:
-    """(h_SNKR, fp32, times the routing weights; the choice). Few tokens.
+    """(h_GSNKR, fp32, times the routing weights; the choice, with an axis G in front). Few tokens.
 
     Args:
-        routing: a question is answered first.
-        scored: what `score` found for the question; asked for if None.
+        factors: a_ERI of up to three layers.
+        routings: of each; questions are answered first. Choices are those of one layer.
+        scored: what `score` found for the questions; asked for if None.
         stream: where kernels run, if not on the current stream, whose memory they use all the same.
     """
-    (num_tokens, in_features), (num_experts, rank, _) = x_NI.shape, a_ERI.shape
+    (num_tokens, in_features), (num_experts, rank, _) = x_NI.shape, factors[0].shape
     pdl = settings.pdl and x_NI.is_cuda
-    if isinstance(routing, Question):
-        dots_SNE, stats_SN2 = scored or score(x_NI, routing, settings.scores, pdl, stream)
-        choice = empty_choice(x_NI, routing.top_k)
-        read, splits = inputs_of_choice(dots_SNE, stats_SN2, routing), settings.scores.splits
-        eps, temperature, has_bias = routing.eps, routing.temperature, routing.bias_NE is not None
+    first = routings[0]
+    if isinstance(first, Question):
+        questions: Sequence[Question] = routings  # type: ignore[assignment]
+        dots_GSNE, stats_SN2 = scored or score(x_NI, questions, settings.scores, pdl, stream)
+        choice = empty_choice(x_NI, len(questions), first.top_k)
+        biases = [question.sums_E if question.bias_NE is None else question.bias_NE for question in questions]
+        read = (dots_GSNE, stats_SN2, *three([question.sums_E for question in questions]), *three(biases))
+        splits, eps, temperature, has_bias = (
+            settings.scores.splits,
+            first.eps,
+            first.temperature,
+            first.bias_NE is not None,
+        )
     else:
-        choice = routing
-        read, splits = (choice.weights_NK,) * 4, 1
+        choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
+        read, splits = (choice.weights_NK,) * 8, 1
         eps, temperature, has_bias = 0.0, 1.0, False
-    top_k = choice.weights_NK.shape[1]
-    h_SNKR = x_NI.new_empty(settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
+    top_k = choice.weights_NK.shape[2]
+    h_GSNKR = x_NI.new_empty(len(factors), settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
     with torch.cuda.stream(stream) if stream else nullcontext():
-        shrink_few[(num_tokens, settings.shrink_splits)](
+        shrink_few[(num_tokens, settings.shrink_splits, len(factors))](
             x_NI,
             *read,
-            a_ERI,
+            *three(factors),
             choice.weights_NK,
             choice.expert_ids_NK,
-            h_SNKR,
+            h_GSNKR,
             num_tokens,
             num_experts,
             in_features,
             rank,
             x_NI.stride(0),
-            bias_stride(routing),
+            bias_stride(first),
             eps,
             temperature,
+            LAYERS=len(factors),
             SPLITS=splits,
             E_PAD=power_of_two(num_experts),
             TOP_K=top_k,
@@ -134,31 +156,42 @@ def shrink(
             BLOCK_I=settings.shrink_block_i,
             STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
             HAS_BIAS=has_bias,
-            ROUTE=isinstance(routing, Question),
+            ROUTE=isinstance(first, Question),
             **options(pdl, settings.shrink_warps),
         )
-    return h_SNKR, choice
+    return h_GSNKR, choice
 
 
 def expand(
-    y_NO: torch.Tensor, h_SNKR: torch.Tensor, b_ERO: torch.Tensor, expert_ids_NK: torch.Tensor, settings: Few
+    outputs: Sequence[torch.Tensor],
+    h_GSNKR: torch.Tensor,
+    factors: Sequence[torch.Tensor],
+    expert_ids_GNK: torch.Tensor,
+    settings: Few,
 ) -> None:
-    """y_NO += the updates of few tokens."""
-    (num_tokens, out_features), (splits, _, top_k, rank) = y_NO.shape, h_SNKR.shape
-    expand_few[(num_tokens, triton.cdiv(out_features, settings.expand_block_o))](
-        y_NO,
-        h_SNKR,
-        b_ERO,
-        expert_ids_NK,
+    """Outputs += the updates of few tokens.
+
+    Args:
+        outputs: y_NO of each layer, of one dtype.
+        factors: b_ERO of each.
+    """
+    _, splits, num_tokens, top_k, rank = h_GSNKR.shape
+    widths = [y_NO.shape[1] for y_NO in outputs]
+    expand_few[(num_tokens, triton.cdiv(max(widths), settings.expand_block_o), len(outputs))](
+        *three(outputs),
+        h_GSNKR,
+        *three(factors),
+        expert_ids_GNK,
         num_tokens,
-        out_features,
+        *three(widths),
         rank,
-        y_NO.stride(0),
+        *three([y_NO.stride(0) for y_NO in outputs]),
+        LAYERS=len(outputs),
         SPLITS=splits,
         TOP_K=top_k,
         R_PAD=power_of_two(rank),
         BLOCK_O=settings.expand_block_o,
-        **options(settings.pdl and y_NO.is_cuda, settings.expand_warps),
+        **options(settings.pdl and outputs[0].is_cuda, settings.expand_warps),
     )
 
 
@@ -171,8 +204,32 @@ def add_few(
     settings: Few,
 ) -> Choice:
     """y_NO += the chosen experts' updates of x_NI, for few tokens."""
-    h_SNKR, choice = shrink(x_NI, a_ERI, routing, settings)
-    expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
+    routings: Any = [routing]
+    h_GSNKR, choice = shrink(x_NI, [a_ERI], routings, settings)
+    expand([y_NO], h_GSNKR, [b_ERO], choice.expert_ids_NK, settings)
+    return choice.of_layer(0)
+
+
+def add_few_shared(
+    outputs: Sequence[torch.Tensor],
+    x_NI: torch.Tensor,
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    questions: Sequence[Question],
+    settings: Few,
+) -> Choice:
+    """What `add_few` does, for two or three layers of one x in the launches of one.
+
+    Args:
+        outputs: y_NO of each layer.
+        downs, ups: a_ERI (of one shape) and b_ERO of each.
+        questions: of each, alike but for the tensors in them.
+
+    Returns:
+        The choices, with an axis G in front.
+    """
+    h_GSNKR, choice = shrink(x_NI, downs, questions, settings)
+    expand(outputs, h_GSNKR, ups, choice.expert_ids_NK, settings)
     return choice
 
 
@@ -194,26 +251,31 @@ def linear_and_add(
     main = torch.cuda.current_stream(x_NI.device)
     stream = torch.cuda.Stream(x_NI.device)
     stream.wait_stream(main)
-    scored = score(x_NI, question, settings.scores, settings.pdl, stream)
-    h_SNKR, choice = shrink(x_NI, a_ERI, question, settings, scored, stream)
+    scored = score(x_NI, [question], settings.scores, settings.pdl, stream)
+    h_GSNKR, choice = shrink(x_NI, [a_ERI], [question], settings, scored, stream)
     y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
     main.wait_stream(stream)
     del scored
-    expand(y_NO, h_SNKR, b_ERO, choice.expert_ids_NK, settings)
-    return y_NO, choice
+    expand([y_NO], h_GSNKR, [b_ERO], choice.expert_ids_NK, settings)
+    return y_NO, choice.of_layer(0)
 
 
-def empty_choice(x_NI: torch.Tensor, top_k: int) -> Choice:
-    """A choice to be written."""
+def empty_choice(x_NI: torch.Tensor, layers: int, top_k: int) -> Choice:
+    """A choice to be written, with an axis G in front."""
     return Choice(
-        x_NI.new_empty(x_NI.shape[0], top_k, dtype=torch.float32),
-        x_NI.new_empty(x_NI.shape[0], top_k, dtype=torch.int64),
+        x_NI.new_empty(layers, x_NI.shape[0], top_k, dtype=torch.float32),
+        x_NI.new_empty(layers, x_NI.shape[0], top_k, dtype=torch.int64),
     )
 
 
-def inputs_of_choice(dots_SNE: torch.Tensor, stats_SN2: torch.Tensor, question: Question) -> tuple[torch.Tensor, ...]:
+def inputs_of_choice(dots_GSNE: torch.Tensor, stats_SN2: torch.Tensor, question: Question) -> tuple[torch.Tensor, ...]:
     """What `scoring.choose` reads."""
-    return dots_SNE, stats_SN2, question.sums_E, question.sums_E if question.bias_NE is None else question.bias_NE
+    return dots_GSNE, stats_SN2, question.sums_E, question.sums_E if question.bias_NE is None else question.bias_NE
+
+
+def three(arguments: Sequence[T]) -> tuple[T, T, T]:
+    """The arguments of one to three layers as kernels take them."""
+    return arguments[0], arguments[min(1, len(arguments) - 1)], arguments[-1]
 
 
 def bias_stride(routing: Question | Choice) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from phatgoose.kernels.dispatch import MOST_TOP_K, check, launch, mix_with_torch, route_with_torch
+from phatgoose.kernels.dispatch import MOST_TOP_K, check, check_shared, launch, mix_with_torch, route_with_torch
 
 
 @torch.library.custom_op("phatgoose::route_and_add_", mutates_args={"y_NO"})
@@ -46,6 +46,39 @@ def route_and_add_(
     weights_NK, expert_ids_NK = route_with_torch(x_NI, hi_EI, lo_EI, bias_NE, top_k, eps, temperature)
     y_NO += mix_with_torch(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
     return weights_NK, expert_ids_NK
+
+
+@torch.library.custom_op("phatgoose::route_and_add_shared_", mutates_args={"outputs"})
+def route_and_add_shared_(
+    outputs: list[torch.Tensor],
+    x_NI: torch.Tensor,
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    his: list[torch.Tensor],
+    los: list[torch.Tensor],
+    sums: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route_and_add_` for two or three layers of one x; on CUDA and for few tokens in the launches of one.
+
+    Args:
+        outputs: y_NO of each layer, all of one dtype.
+        downs, ups: a_ERI, all of one shape, and b_ERO of each.
+        his, los, sums: hi_EI, lo_EI (none in fp32) and sums_E of each.
+        biases: bias_NE of each, all of one shape.
+
+    Returns:
+        (weights_GNK in fp32, expert_ids_GNK in int64).
+    """
+    found = [
+        route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
+        for y_NO, layer in zip(outputs, _layers(downs, ups, his, los, sums, biases), strict=True)
+    ]
+    weights, expert_ids = zip(*found, strict=True)
+    return torch.stack(weights), torch.stack(expert_ids)
 
 
 @torch.library.custom_op("phatgoose::routed_linear", mutates_args=())
@@ -104,6 +137,46 @@ def _(
     return choice.weights_NK, choice.expert_ids_NK
 
 
+@route_and_add_shared_.register_kernel("cuda")
+def _(
+    outputs: list[torch.Tensor],
+    x_NI: torch.Tensor,
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    his: list[torch.Tensor],
+    los: list[torch.Tensor],
+    sums: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from phatgoose.kernels import launches, settings
+
+    num_tokens, in_features = x_NI.shape
+    layers = _layers(downs, ups, his, los, sums, biases)
+    if num_tokens == 0 or top_k > MOST_TOP_K or not settings.takes_few(num_tokens, top_k):
+        found = [
+            route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
+            for y_NO, layer in zip(outputs, layers, strict=True)
+        ]
+        weights, expert_ids = zip(*found, strict=True)
+        return torch.stack(weights), torch.stack(expert_ids)
+    questions = [
+        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
+        for _, _, hi_EI, lo_EI, sums_E, bias_NE in layers
+    ]
+    for a_ERI, b_ERO, question in zip(downs, ups, questions, strict=True):
+        check(x_NI, a_ERI, b_ERO, question)
+    check_shared(outputs, downs, biases)
+    few = settings.few(num_tokens, downs[0].shape[0], in_features, len(layers))
+    x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
+    downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
+    with torch.cuda.device(x_NI.device):
+        choice = launches.add_few_shared(outputs, x_NI, downs, ups, questions, few)
+    return choice.weights_NK, choice.expert_ids_NK
+
+
 @routed_linear.register_kernel("cuda")
 def _(
     x_NI: torch.Tensor,
@@ -159,6 +232,24 @@ def _(
     return x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
 
 
+@route_and_add_shared_.register_fake
+def _(
+    outputs: list[torch.Tensor],
+    x_NI: torch.Tensor,
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    his: list[torch.Tensor],
+    los: list[torch.Tensor],
+    sums: list[torch.Tensor],
+    biases: list[torch.Tensor],
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = (len(outputs), x_NI.shape[0], top_k)
+    return x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
+
+
 @routed_linear.register_fake
 def _(
     x_NI: torch.Tensor,
@@ -177,3 +268,16 @@ def _(
     shape = (x_NI.shape[0], top_k)
     weights_NK, expert_ids_NK = x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
     return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]), weights_NK, expert_ids_NK
+
+
+def _layers(
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    his: list[torch.Tensor],
+    los: list[torch.Tensor],
+    sums: list[torch.Tensor],
+    biases: list[torch.Tensor],
+) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+    """What each layer has, in the order of `route_and_add_`."""
+    halves: list[torch.Tensor | None] = [*los] or [None] * len(his)
+    return list(zip(downs, ups, his, halves, sums, biases, strict=True))

@@ -11,7 +11,10 @@ v is kept as hi + lo, two numbers of the activations' dtype, because a bf16 v
 alone moves scores by 2**-9 of their spread and so changes choices. hi + lo has
 16 bits (22 for fp16) at the bytes of one fp32 number. See docs/performance.md.
 
-Axes: N tokens, E experts, K chosen experts, I in-features, S splits of I.
+Layers that are called with one x (q, k and v; gate and up) share launches: up to three G, each with its own
+prototypes. They share the sums of x.
+
+Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, S splits of I.
 `partial_scores` writes what each split found; `choose` adds the splits up in
 order, so the same input gives the same bits.
 """
@@ -32,6 +35,16 @@ def follow(PDL: tl.constexpr):
 
 
 @triton.jit
+def of_layer(g, first, second, third, LAYERS: tl.constexpr):
+    """The argument of layer g of up to three."""
+    if LAYERS > 1:
+        first = tl.where(g == 1, second, first)
+    if LAYERS > 2:
+        first = tl.where(g == 2, third, first)
+    return first
+
+
+@triton.jit
 def product(a, b, acc, UPCAST: tl.constexpr):
     """acc + a @ b. Triton's interpreter multiplies the bits of bf16 numbers, so there they are widened."""
     if UPCAST:
@@ -43,14 +56,19 @@ def product(a, b, acc, UPCAST: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def partial_scores(
     x_ptr,
-    hi_ptr,
-    lo_ptr,
+    hi0_ptr,
+    hi1_ptr,
+    hi2_ptr,
+    lo0_ptr,
+    lo1_ptr,
+    lo2_ptr,
     dots_ptr,
     stats_ptr,
     num_tokens,
     num_experts,
     in_features,
     stride_x,
+    LAYERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -59,7 +77,7 @@ def partial_scores(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dots_SNE and stats_SN2 (sum and sum of squares of x) of one split of I.
+    """dots_GSNE and stats_SN2 (sum and sum of squares of x) of one split of I.
 
     BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. From 64 on these are Hopper's,
     which still read x from shared memory when the next step begins. Triton (3.6) keeps one buffer too few of x if the
@@ -68,8 +86,12 @@ def partial_scores(
     """
     SUMS_APART: tl.constexpr = BLOCK_N >= 64
     pid_n = tl.program_id(0)
-    pid_e = tl.program_id(1)
+    blocks_e = tl.num_programs(1) // LAYERS
+    pid_e = tl.program_id(1) % blocks_e
+    g = tl.program_id(1) // blocks_e
     split = tl.program_id(2)
+    hi_ptr = of_layer(g, hi0_ptr, hi1_ptr, hi2_ptr, LAYERS)
+    lo_ptr = of_layer(g, lo0_ptr, lo1_ptr, lo2_ptr, LAYERS)
     n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     in_n = n < num_tokens
@@ -116,9 +138,10 @@ def partial_scores(
                 square_N += tl.sum(wide_NI * wide_NI, axis=1)
 
     slot = split.to(tl.int64) * num_tokens + n
-    tl.store(dots_ptr + slot[:, None] * num_experts + e[None, :], dots_NE, mask=in_n[:, None] & in_e[None, :])
+    at_N = slot + g.to(tl.int64) * tl.num_programs(2) * num_tokens
+    tl.store(dots_ptr + at_N[:, None] * num_experts + e[None, :], dots_NE, mask=in_n[:, None] & in_e[None, :])
     # the last block of experts may be the smallest, so that its program has time left
-    if pid_e == tl.num_programs(1) - 1:
+    if tl.program_id(1) == tl.num_programs(1) - 1:
         if SUMS_APART:
             for step in tl.range(0, STEPS, num_stages=3):
                 i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 MOST_PAIRS_UNSORTED = 128
 # whether few tokens' routing and A run beside the base layer, on another stream; measure before switching it on
 BASE_BESIDE = False
+# whether layers of one input (q, k and v; gate and up) share launches for few tokens; measure before switching it on
+SHARE_INPUT = False
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts
@@ -72,21 +74,21 @@ def takes_few(num_tokens: int, top_k: int) -> bool:
     return num_tokens * top_k <= MOST_PAIRS_UNSORTED
 
 
-def few(num_tokens: int, num_experts: int, in_features: int) -> Few:
-    """For a shape."""
+def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) -> Few:
+    """For a shape, and a number of layers that share launches."""
     if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
         block_e, block_i = 8, 256
-        programs = num_tokens * -(-num_experts // block_e)
+        programs = layers * num_tokens * -(-num_experts // block_e)
         splits = _splits(programs, in_features, block_i, most=16)
         scores = Scores(block_n=1, block_e=block_e, block_i=block_i, splits=splits)
     else:
         block_n = 16 if num_tokens <= 16 else 32
-        programs = -(-num_tokens // block_n) * -(-num_experts // 16)
+        programs = layers * -(-num_tokens // block_n) * -(-num_experts // 16)
         splits = _splits(programs, in_features, 128, most=16)
         scores = Scores(block_n=block_n, block_e=16, block_i=128, splits=splits)
     return Few(
         scores=scores,
-        shrink_splits=_splits(num_tokens, in_features, 256, most=16),
+        shrink_splits=_splits(layers * num_tokens, in_features, 256, most=16),
         shrink_block_i=256,
         expand_block_o=128 if num_tokens <= 4 else 256,
     )

@@ -132,9 +132,9 @@ def _choose(
     steps = triton.cdiv(chunks, settings.most_blocks)
     num_blocks = triton.cdiv(chunks, steps)
     if isinstance(routing, Question):
-        dots_SNE, stats_SN2 = score(x_NI, routing, settings.scores, pdl)
-        choice = empty_choice(x_NI, routing.top_k)
-        scored = inputs_of_choice(dots_SNE, stats_SN2, routing)
+        dots_GSNE, stats_SN2 = score(x_NI, [routing], settings.scores, pdl)
+        choice = empty_choice(x_NI, 1, routing.top_k).of_layer(0)
+        scored = inputs_of_choice(dots_GSNE, stats_SN2, routing)
     else:
         choice = routing
     top_k = choice.weights_NK.shape[1]

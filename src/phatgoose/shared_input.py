@@ -1,0 +1,125 @@
+"""Routed layers that a model calls with one activation, one after the other: query, key and value; gate and up.
+
+Axes: G layers, N tokens, I in-features, O out-features, E experts, K chosen experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from phatgoose.kernels import settings
+from phatgoose.routers import Routing
+from phatgoose.trace import ScoresRecord
+
+if TYPE_CHECKING:
+    from phatgoose.routed_linear import RoutedLinear
+
+# names that Llama's and T5's kin give to layers of one input, where they lie in one module
+NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
+# modules whose keys and values are made of something else than their queries
+CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "cross_attn")
+
+
+class Held(NamedTuple):
+    """What was computed for layers that are still to be called.
+
+    Attributes:
+        x: what all of them were computed for.
+        version: of x, which counts writes into it; None where that is not known.
+        found: each layer's output and routing; None once it was called.
+    """
+
+    x: torch.Tensor
+    version: int | None
+    found: tuple[tuple[torch.Tensor, Routing] | None, ...]
+
+
+class SharedInput:
+    """Computes all its layers when the first of them is called, routing and updates in the launches of one.
+
+    The others' outputs wait for their calls with the very same tensor. A layer that
+    gets another one, or is called twice, is computed again. Masks and prompts may
+    not change between the calls.
+
+    Args:
+        linears: two or three layers, which fit together (see `share_inputs`).
+    """
+
+    def __init__(self, linears: Sequence[RoutedLinear]) -> None:
+        self.linears = tuple(linears)
+        self._held: Held | None = None
+
+    def take(self, g: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing] | None:
+        """Output and routing of layer g for x of shape (..., I); None where the layer must see for itself."""
+        held = self._held
+        if held is None or held.x is not x or held.version != _version(x) or held.found[g] is None:
+            held = self._compute(x)
+        if held is None:
+            self._held = None
+            return None
+        left = tuple(None if other == g else one for other, one in enumerate(held.found))
+        self._held = held._replace(found=left) if any(one is not None for one in left) else None
+        return held.found[g]
+
+    def forget(self) -> None:
+        """Compute again whatever is still to be called."""
+        self._held = None
+
+    def _compute(self, x: torch.Tensor) -> Held | None:
+        first = self.linears[0]
+        x_NI = x.reshape(-1, x.shape[-1])
+        few = len(x_NI) > 0 and settings.takes_few(len(x_NI), first.router.top_k)
+        plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
+        if not few or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
+            return None
+        outputs = [linear.base(x).contiguous() for linear in self.linears]
+        asked = [linear.question(len(x_NI)) for linear in self.linears]
+        downs, ups, his, los, sums, biases, *rule = zip(*asked, strict=True)
+        weights_GNK, expert_ids_GNK = torch.ops.phatgoose.route_and_add_shared_(
+            [y.view(-1, y.shape[-1]) for y in outputs],
+            x_NI,
+            downs,
+            ups,
+            his,
+            [lo_EI for lo_EI in los if lo_EI is not None],
+            sums,
+            biases,
+            *(values[0] for values in rule),
+        )
+        routings = [Routing(weights_GNK[g], expert_ids_GNK[g]) for g in range(len(outputs))]
+        return Held(x, _version(x), tuple(zip(outputs, routings, strict=True)))
+
+
+def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
+    """Let layers of one input share launches, where their names say that they have one and they fit together.
+
+    Args:
+        linears: all of a model's, by site.
+    """
+    by_module: dict[str, dict[str, RoutedLinear]] = {}
+    for site, linear in linears:
+        module, _, name = site.rpartition(".")
+        by_module.setdefault(module, {})[name] = linear
+    for module, named in by_module.items():
+        if module.rpartition(".")[2] in CROSS_ATTENTION:
+            continue
+        for names in NAMES:
+            group = [named[name] for name in names if name in named]
+            if len(group) > 1 and len({_kind(linear) for linear in group}) == 1 and group[0].fused:
+                shared = SharedInput(group)
+                for g, linear in enumerate(group):
+                    linear.shared = (shared, g)
+
+
+def _version(x: torch.Tensor) -> int | None:
+    # compilers see writes for themselves; tensors made in inference mode are not counted
+    return None if torch.compiler.is_compiling() or x.is_inference() else x._version
+
+
+def _kind(linear: RoutedLinear) -> tuple[object, ...]:
+    """What layers that share launches have in common."""
+    rule = (linear.router.top_k, linear.router.temperature, getattr(linear, "eps", None))
+    return linear.fused, linear.a_ERI.shape, linear.a_ERI.dtype, getattr(linear.weight, "dtype", None), *rule
