@@ -24,7 +24,7 @@ from phatgoose.routed import RoutedModel
 from phatgoose.suites import load_tasks
 from phatgoose.suites.task import SuiteTask
 
-RECORDED = ("phatgoose", "phatgoose-prior")
+RECORDED = ("phatgoose", "phatgoose-retrieval")
 
 
 def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
