@@ -93,7 +93,7 @@ def main() -> None:
             del calls
         del models["routed"]
     if args.out:
-        replace_rows(args.out, rows, key="device")
+        replace_rows(args.out, rows, "device")
 
 
 def make_model(args: argparse.Namespace) -> Any:
