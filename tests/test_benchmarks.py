@@ -86,5 +86,28 @@ def test_peers_leave_out_what_is_wrong(
     assert "not built: loop over experts (official steps): ValueError not in this version" in printed
 
 
+def test_figures_of_rows(peers: ModuleType, tmp_path: Path) -> None:
+    """Both figures, from a rehearsal's rows and from rows like a GPU's; equal rows make equal files."""
+    import plot_layers
+
+    peers.main(["--device", "cpu", "--tokens", "1", "5", "--out", str(tmp_path / "peers.csv")])
+    columns = {"device": "a GPU", "torch": "2", "inputs": 64, "outputs": 96, "ratio_to_one_lora": 1.1}
+    rows = [
+        {**columns, "experts": experts, "tokens": tokens, "method": method}
+        for experts in (36, 166)
+        for tokens, method in ((1, "triton, few"), (1, "triton, many"), (4096, "triton, many"))
+    ]
+    with (tmp_path / "routed_layer.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    folders = [tmp_path / "once", tmp_path / "again"]
+    for folder in folders:
+        plot_layers.main(["--rows", str(tmp_path), "--out", str(folder), "--shape", "64x96"])
+    for name in ("layer_ours.svg", "layer_peers.svg"):
+        once, again = ((folder / name).read_bytes() for folder in folders)
+        assert once == again and b"<svg" in once
+
+
 def with_factors(site: Any, b_ERO: torch.Tensor) -> Any:
     return dataclasses.replace(site, stack=dataclasses.replace(site.stack, b_ERO=b_ERO))
