@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import dataclasses
 from collections.abc import Iterator
@@ -107,6 +108,48 @@ def test_figures_of_rows(peers: ModuleType, tmp_path: Path) -> None:
     for name in ("layer_ours.svg", "layer_peers.svg"):
         once, again = ((folder / name).read_bytes() for folder in folders)
         assert once == again and b"<svg" in once
+
+
+@pytest.mark.parametrize(("shape", "cases"), [("tiny", 5), ("tiny-t5", 4)])
+def test_model_rehearsal(shape: str, cases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import model
+
+    out = tmp_path / "model.csv"
+    for prompt in ("7", "8"):  # the second run replaces the rows of the first
+        options = f"--what decode prefill generate --experts 5 --batches 1 3 --prompt {prompt} --new-tokens 2"
+        model.main(f"--shape {shape} {options} --prefill 2 6 --rounds 1 --out {out}".split())
+    rows = read(out)
+    assert len(rows) == cases
+    assert all(0 < float(row["bound"]) < 1 and float(row["ratio"]) > 0 for row in rows)
+    decoding = {row["sequences"]: row for row in rows if row["what"] == "decode"}
+    assert decoding["1"]["experts_a_site"] == "2.0" and float(decoding["3"]["experts_a_site"]) > 2
+    # the encoder and the keys and values of cross-attention are not computed again
+    assert {row["sites"] for row in decoding.values()} == {"14" if shape == "tiny" else "18"}
+
+
+def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decoding one token reads all weights but the other rows of the embedding, and two experts at every site."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bounds
+    import model
+
+    args = argparse.Namespace(shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", prompt=4)
+    base = model.make_model(args)
+    routed = model.routed_randomly(base, 6, args)
+    work = bounds.base_work(base, model.decode(base, 1, args))
+    embedding = base.get_input_embeddings().weight
+    linears = [module for module in base.modules() if isinstance(module, torch.nn.Linear)]
+    assert work.bytes == sum(p.nbytes for p in base.parameters()) - embedding.nbytes + embedding[0].nbytes
+    assert work.flops == sum(2 * linear.weight.numel() for linear in linears)
+
+    added = bounds.experts_work(routed, model.decode(routed, 1, args))
+    sites = [linear for linear in linears if linear is not base.get_output_embeddings()]
+    factors = sum(8 * (site.in_features + site.out_features) for site in sites)
+    gates = sum(6 * site.in_features for site in sites)
+    assert (added.sites, added.experts) == (len(sites), 2 * len(sites))
+    assert added.bytes == 4 * (gates + 2 * factors)
+    assert added.flops == 2 * (gates + 2 * factors)
 
 
 def with_factors(site: Any, b_ERO: torch.Tensor) -> Any:
