@@ -26,9 +26,16 @@ def milliseconds(methods: Mapping[str, Method], rounds: int) -> dict[str, float]
 
 
 @torch.no_grad()
-def peak_mib(method: Method) -> float:
-    """The most memory that a call holds at a time, beyond what it was given (CPU tensors, its result included)."""
+def peak_mib(method: Method, device: str = "cpu") -> float:
+    """The most memory that a call holds at a time, beyond what it was given (its result included)."""
     method()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        method()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         kept = method()  # alive until the profile ends
     # The public event list drops the order of allocations; the raw one has it.
@@ -57,22 +64,22 @@ def device_name(device: str = "cpu") -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Write a CSV, replacing an older one."""
+    """Write a CSV, replacing an older one; the last row says which columns there are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[-1]))
         writer.writeheader()
         writer.writerows(rows)
 
 
-def replace_rows(path: Path, rows: Sequence[Mapping[str, object]], key: str) -> None:
-    """Write a CSV, keeping an older one's rows whose `key` is none of the new ones'."""
+def replace_rows(path: Path, rows: Sequence[Mapping[str, object]], *keys: str) -> None:
+    """Write a CSV, keeping an older one's rows that differ from every new one in one of the `keys`."""
     old: list[dict[str, str]] = []
     if path.is_file():
         with path.open(newline="", encoding="utf-8") as file:
             old = list(csv.DictReader(file))
-    new = {row[key] for row in rows}
-    write_rows(path, [*(row for row in old if row[key] not in new), *rows])
+    new = {tuple(str(row[key]) for key in keys) for row in rows}
+    write_rows(path, [*(row for row in old if tuple(row.get(key, "") for key in keys) not in new), *rows])
 
 
 def _seconds(method: Method) -> float:

@@ -93,7 +93,7 @@ def main() -> None:
             rows.append(row(args, method, num_experts, seconds, speed, one, loss))
             print("  ".join(f"{name} {rows[-1][name]}" for name in list(rows[-1])[7:]), flush=True)
     if args.out:
-        replace_rows(args.out, rows, key="device")
+        replace_rows(args.out, rows, "device")
 
 
 def peft(model: Any, encoder: Encoder, config: AdapterTrainingConfig, args: argparse.Namespace) -> Measured:
