@@ -8,7 +8,7 @@
 bf16, rank 16, top-2. "one LoRA" is three plain products and an add. Every method runs over several layers with
 their own weights, together larger than the L2 cache, in one graph. Before anything is timed, each routed method is
 compared with fp64. Columns: microseconds (median), ratio to "one LoRA", error of y in units of bf16's eps, and the
-share of tokens whose experts differ from fp64's. Rows of one device replace those of an earlier run.
+share of tokens whose experts differ from fp64's. Rows of one device and shape replace those of an earlier run.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ from phatgoose.kernels.prototypes import split
 from phatgoose.kernels.sorted_launches import add_many
 
 RANK, TOP_K, EPS = 16, 2, 1e-5
+# a run replaces the rows of the shapes that it measures
+KEYS = ("device", "inputs", "outputs", "experts", "tokens")
 SHAPES = ["4096x4096", "2048x2048", "2048x5120", "4096x14336"]
 
 
@@ -171,10 +173,9 @@ def layers_of(tokens: int, experts: int, inputs: int, outputs: int, device: str)
     return [Layer.random(tokens, experts, inputs, outputs, device) for _ in range(copies)]
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, object]]:
-    """All shapes; prints what it finds."""
+def measure(args: argparse.Namespace) -> None:
+    """All shapes; prints what it finds, and writes each when it is finished."""
     device = "cpu" if args.device == "cpu" else "cuda"
-    rows: list[dict[str, object]] = []
     begin = time.perf_counter()
     for shape, experts, tokens in ((s, e, t) for s in args.shapes for e in args.experts for t in args.tokens):
         inputs, outputs = map(int, shape.split("x"))
@@ -192,6 +193,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             for name, method in {"base": base, "one LoRA": one_lora, **methods}.items()
         }
         times = microseconds(calls, args.rounds, device)
+        rows = []
         for name, found in times.items():
             units, flips = checked.get(name, (float("nan"), float("nan")))
             rows.append(
@@ -207,11 +209,12 @@ def measure(args: argparse.Namespace) -> list[dict[str, object]]:
             + "  ".join(f"{name} {found:.1f} ({found / times['one LoRA']:.2f})" for name, found in times.items()),
             flush=True,
         )
+        if args.out:
+            replace_rows(args.out, rows, *KEYS)
         del layers, calls
         if time.perf_counter() - begin > args.seconds:
             print("out of time; the rest is left out", flush=True)
             break
-    return rows
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -285,9 +288,7 @@ def main() -> None:
     if args.profile:
         profile(args)
         return
-    rows = measure(args)
-    if args.out:
-        replace_rows(args.out, rows, "device")
+    measure(args)
 
 
 if __name__ == "__main__":
