@@ -134,7 +134,9 @@ def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None
     import bounds
     import model
 
-    args = argparse.Namespace(shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", prompt=4)
+    args = argparse.Namespace(
+        shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", share_input=False, prompt=4
+    )
     base = model.make_model(args)
     routed = model.routed_randomly(base, 6, args)
     work = bounds.base_work(base, model.decode(base, 1, args))
