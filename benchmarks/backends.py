@@ -17,7 +17,7 @@ from measuring import device_name, milliseconds, write_rows
 
 from phatgoose.kernels import choose, load
 
-BACKENDS = ("reference", "gather", "grouped", "dense")
+BACKENDS = ("vectors", "gather", "grouped", "dense")
 
 
 def main() -> None:

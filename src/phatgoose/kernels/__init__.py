@@ -21,9 +21,9 @@ from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from phatgoose.kernels import dense, gather, grouped, reference
+from phatgoose.kernels import dense, gather, grouped, reference, vectors
 
-Backend = Literal["auto", "reference", "gather", "grouped", "dense", "triton"]
+Backend = Literal["auto", "reference", "vectors", "gather", "grouped", "dense", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
@@ -31,6 +31,7 @@ MixLoras: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 TORCH_BACKENDS: dict[str, MixLoras] = {
     "reference": reference.mix_loras,
+    "vectors": vectors.mix_loras,
     "gather": gather.mix_loras,
     "grouped": grouped.mix_loras,
     "dense": dense.mix_loras,
@@ -110,11 +111,13 @@ def mix_parameters(
 
 def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool) -> Backend:
     """The PyTorch backend for a shape and a kind of device. Depends on nothing else: equal calls run equal code."""
+    # a CPU reads factors where they lie; reading ids on the host would stall a GPU
+    if on_cpu and 2 * top_k <= num_experts and num_tokens * top_k <= min(32, num_experts // 2):
+        return "vectors"
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
-        # a CPU reads factors where they lie; reading ids one by one would stall a GPU
-        return "reference" if on_cpu else "gather"
+        return "gather"
     if num_experts * rank <= 256 and num_tokens <= 64:
         return "dense"
     return "grouped"
