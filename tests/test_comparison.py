@@ -388,3 +388,11 @@ def test_above_chance_needs_its_rows(tmp_path):
     fill(tmp_path, {"phatgoose": {"a": 0.5}})
     assert suite_of(tmp_path).at_chance is None
     fails(ResultsError, "method 'chance'", "--router chance", action=lambda: suite_of(tmp_path, above_chance=True))
+
+
+def test_differences_of_unlike_seeds_are_named(tmp_path):
+    fill(tmp_path, {"phatgoose": {"a": 0.5}, "arrow": {"a": 0.4}, "spectr": {"a": 0.3}}, seed=0)
+    fill(tmp_path, {"phatgoose": {"a": 0.7}, "arrow": {"a": 0.4}}, seed=1)
+    notes = notes_of(tmp_path)
+    assert "On t0ho phatgoose has seeds 0, 1, and others spectr: their differences are of unlike seeds." in notes
+    assert "arrow" not in notes

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from phatgoose.bootstrap import Interval, draw_averages, over_tasks, percentiles
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ResultsError
-from phatgoose.oracle import CHANCE, Choice, is_expert, is_told, label_readers
+from phatgoose.oracle import BASE, CHANCE, Choice, is_expert, is_told, label_readers
 from phatgoose.results import Result
 
 # Scores that differ by less are a tie: means of the same numbers in another order do.
@@ -154,7 +154,7 @@ def compare(
             fix="name one of them with --against",
         )
     notes += [f"{against} has no results on {part.suite}." for part in compared if against not in part.averages]
-    notes += _uneven_seeds(shown)
+    notes += _uneven_seeds(shown) + _other_seeds(compared, against)
     return Comparison(
         against=against,
         methods=methods,
@@ -330,6 +330,25 @@ def _seed_averages(cells: dict[str, list[Result]]) -> dict[int, float]:
     return {
         seed: float(np.mean([cell.score for row in complete for cell in row if cell.seed == seed])) for seed in seeds
     }
+
+
+def _other_seeds(suites: Iterable[SuiteComparison], against: str) -> list[str]:
+    """A sentence for each suite on which methods have other seeds than the one that they are compared with."""
+    notes = []
+    for part in suites:
+        if against not in part.averages:
+            continue
+        seeds = part.averages[against].seeds
+        # what knows no pool is the same with every seed
+        trained = {name: average for name, average in part.averages.items() if name not in (BASE, CHANCE)}
+        others = [name for name, average in trained.items() if average.seeds != seeds]
+        if others:
+            ours = ", ".join(map(str, seeds))
+            notes.append(
+                f"On {part.suite} {against} has seeds {ours}, and others {', '.join(others)}:"
+                " their differences are of unlike seeds."
+            )
+    return notes
 
 
 def _sd(values: Sequence[float]) -> float | None:

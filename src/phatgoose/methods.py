@@ -20,11 +20,11 @@ from typing import Any
 from phatgoose.checks import check_base
 from phatgoose.config import RouterConfig
 from phatgoose.errors import RouterError
-from phatgoose.oracle import CHANCE, EXPERT, OWN
+from phatgoose.oracle import BASE, CHANCE, EXPERT, OWN
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, check_pool, router_class
 
-BASE, EXPERTS, MULTITASK = "base", "experts", "multitask"
+EXPERTS, MULTITASK = "experts", "multitask"
 
 
 @dataclass(frozen=True, kw_only=True)

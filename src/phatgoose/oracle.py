@@ -21,6 +21,8 @@ ORACLE = "Oracle"
 BEST_INDIVIDUAL = "Best Individual"
 # The dataset's own expert: as good as routing by a label of the dataset would be.
 OWN = "own"
+# The base model alone.
+BASE = "base"
 # A choice drawn blindly: its mean score, which needs no model.
 CHANCE = "chance"
 
