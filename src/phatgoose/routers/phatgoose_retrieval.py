@@ -23,8 +23,7 @@ from phatgoose.config import RouterConfig
 from phatgoose.expert import Expert
 from phatgoose.routers import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.routers.retrieval import load_examples
-from phatgoose.sentence_encoder import SentenceEncoder
+from phatgoose.routers.retrieval import ExampleReader
 
 if TYPE_CHECKING:
     from phatgoose.routed import RoutedModel
@@ -42,26 +41,16 @@ class PhatgooseRetrieval(Phatgoose):
         return ExampleDensity(experts, config.retrieval_scale)
 
 
-class ExampleDensity(PromptRouter):
+class ExampleDensity(ExampleReader):
     """Log density of a prompt among each expert's examples; 0 for an empty slot."""
 
     def __init__(self, experts: Sequence[Expert | None], scale: float) -> None:
-        self.encoder = SentenceEncoder()
+        super().__init__(experts)
         self.scale = scale
-        self.examples = [load_examples(expert, self.encoder) for expert in experts]
-
-    def put(self, slot: int, expert: Expert | None) -> None:
-        """See `PromptRouter.put`."""
-        self.examples[slot] = load_examples(expert, self.encoder)
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
-        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
-        nobody_B = prompts_BD.new_zeros(len(prompts_BD))
-        log_densities = [
-            nobody_B
-            if of_one_MD is None
-            else torch.logsumexp(self.scale * prompts_BD @ of_one_MD.T, dim=1) - math.log(len(of_one_MD))
-            for of_one_MD in self.examples
-        ]
-        return torch.stack(log_densities, dim=1)
+        return self.by_expert(model, prompt_ids, self._log_density, 0.0)
+
+    def _log_density(self, cosines_BM: torch.Tensor) -> torch.Tensor:
+        return torch.logsumexp(self.scale * cosines_BM, dim=1) - math.log(cosines_BM.shape[1])

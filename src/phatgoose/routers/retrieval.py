@@ -10,7 +10,7 @@ input alone is embedded, on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -43,29 +43,41 @@ class Retrieval(Uniform):
         return Routing((best_N1 > -torch.inf).float(), expert_ids_N1)
 
 
-class NearestExample(PromptRouter):
-    """Forbids every expert but the owner of the nearest example."""
+class ExampleReader(PromptRouter):
+    """What compares prompts with each expert's embedded examples."""
 
     def __init__(self, experts: Sequence[Expert | None]) -> None:
         self.encoder = SentenceEncoder()
-        self.examples = [load_examples(expert, self.encoder) for expert in experts]
+        self.examples = [self._load(expert) for expert in experts]
 
     def put(self, slot: int, expert: Expert | None) -> None:
         """See `PromptRouter.put`."""
-        self.examples[slot] = load_examples(expert, self.encoder)
+        self.examples[slot] = self._load(expert)
+
+    def by_expert(
+        self,
+        model: RoutedModel,
+        prompt_ids: Sequence[Sequence[int]],
+        summarise: Callable[[torch.Tensor], torch.Tensor],
+        empty: float,
+    ) -> torch.Tensor:
+        """(B, E): what the cosines of prompts and an expert's examples, (B, M), come to; `empty` for an empty slot."""
+        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
+        nobody_B = prompts_BD.new_full((len(prompts_BD),), empty)
+        return torch.stack(
+            [nobody_B if of_one_MD is None else summarise(prompts_BD @ of_one_MD.T) for of_one_MD in self.examples],
+            dim=1,
+        )
+
+    def _load(self, expert: Expert | None) -> torch.Tensor | None:
+        return None if expert is None else load_embeddings(expert.folder, self.encoder.name)
+
+
+class NearestExample(ExampleReader):
+    """Forbids every expert but the owner of the nearest example."""
 
     def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
-        prompts_BD = self.encoder.embed(model.texts(prompt_ids))
-        nobody_B = prompts_BD.new_full((len(prompts_BD),), -torch.inf)
-        nearest_BE = torch.stack(
-            [nobody_B if of_one_MD is None else (prompts_BD @ of_one_MD.T).amax(dim=1) for of_one_MD in self.examples],
-            dim=1,
-        )
+        nearest_BE = self.by_expert(model, prompt_ids, lambda cosines_BM: cosines_BM.amax(dim=1), -torch.inf)
         owners_B1 = (nearest_BE + model.mask_BE(len(prompt_ids))).argmax(dim=1, keepdim=True)
         return torch.full_like(nearest_BE, -torch.inf).scatter(1, owners_B1, 0.0)
-
-
-def load_examples(expert: Expert | None, encoder: SentenceEncoder) -> torch.Tensor | None:
-    """An expert's embedded examples, (M, D); None for an empty slot."""
-    return None if expert is None else load_embeddings(expert.folder, encoder.name)
