@@ -180,8 +180,7 @@ def _above_chance(
             fix=f"phatgoose eval ... --router {CHANCE}",
         )
     left_out = {part.suite: part.at_chance or [] for part in compared}
-    kept = [result for result in results if result.task not in left_out.get(result.suite, [])]
-    kept = [result for result in kept if result.suite in left_out]
+    kept = [result for result in results if result.suite in left_out and result.task not in left_out[result.suite]]
     if not kept:
         raise ResultsError(
             "no method is better than chance on any task", found=", ".join(suites), fix="leave --above-chance out"
