@@ -237,7 +237,7 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 21])
 @pytest.mark.parametrize("outputs", [(80, 24, 150), (300, 40)], ids=["qkv", "pair"])
 def test_layers_that_share_launches(outputs: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
-    """Bit by bit what each gets alone, with a bias of its own; beside y nothing is written."""
+    """What each gets alone, with a bias of its own; beside y nothing is written."""
     layers = [make_layer(MIDDLE._replace(tokens=tokens, inputs=600, outputs=o), dtype) for o in outputs]
     x_NI = layers[0].x_NI
     layers = [layer._replace(x_NI=x_NI) for layer in layers]
@@ -252,7 +252,8 @@ def test_layers_that_share_launches(outputs: tuple[int, ...], tokens: int, dtype
         y_NO = torch.full_like(ys[g], 0.25)
         alone = add_few(y_NO, x_NI, layer.a_ERI, layer.b_ERO, question, few)
         assert all(torch.equal(one, other) for one, other in zip(choices.of_layer(g), alone, strict=True))
-        assert torch.equal(ys[g], y_NO)
+        # another y is read in other pieces, and so another order of the sum over R
+        torch.testing.assert_close(ys[g], y_NO, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
         assert (wide[g][:, outputs[g] :] == 0.25).all()
         check_choice(alone, true_scores(layer, biases[g]), SCORE_ERROR[dtype])
         check_y(y_NO, layer, alone)

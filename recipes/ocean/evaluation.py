@@ -105,7 +105,8 @@ def record(args: argparse.Namespace, seed: int) -> None:
     config = RecordingConfig(limit=args.recorded_rows, seed=seed, batch_tokens=args.batch_tokens // 2)
     tasks, _ = with_data(load_tasks(ALL, pool, data=args.data, limit=config.limit))
     tasks = [task for task in tasks if not args.tasks or task.name in args.tasks]
-    for method in parse_methods(RECORDED, pool):
+    wanted = [router for router in RECORDED if args.routers is None or router in args.routers]
+    for method in parse_methods(wanted, pool):
         assert method.router is not None
         with timed(args, seed, f"record {method.name}"):
             routed = RoutedModel.from_pool(model, pool, tokenizer=tokenizer, **asdict(method.router))

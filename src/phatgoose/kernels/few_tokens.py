@@ -43,6 +43,7 @@ def shrink_few(
     in_features,
     rank,
     stride_x,
+    stride_e,
     stride_bias,
     eps,
     temperature,
@@ -67,13 +68,15 @@ def shrink_few(
     ids_ptr += g * num_tokens * TOP_K
     h_ptr += g * tl.num_programs(1) * num_tokens * TOP_K * rank
     k = tl.arange(0, K_PAD)
-    r = tl.arange(0, R_PAD)
-    in_k = k < TOP_K
-    in_r = r < rank
+    # the rows of all chosen A, one below the other: one loop, and x is read once
+    row = tl.arange(0, K_PAD * R_PAD)
+    slot = row // R_PAD
+    r = row % R_PAD
+    in_row = (slot < TOP_K) & (r < rank)
     follow(PDL)
     if ROUTE:
         weights_NK, ids_NK = choose(
-            dots_ptr + g * SPLITS * num_tokens * num_experts,
+            dots_ptr + g * SPLITS * num_tokens * stride_e,
             stats_ptr,
             of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
             of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
@@ -81,6 +84,7 @@ def shrink_few(
             num_tokens,
             num_experts,
             in_features,
+            stride_e,
             stride_bias,
             eps,
             temperature,
@@ -92,26 +96,25 @@ def shrink_few(
         )
         if split == 0:
             at = token * TOP_K + k[None, :]
-            tl.store(weights_ptr + at, weights_NK, mask=in_k[None, :])
-            tl.store(ids_ptr + at, ids_NK.to(tl.int64), mask=in_k[None, :])
-    for slot in tl.static_range(TOP_K):
-        if ROUTE:
-            weight = tl.sum(tl.where(k[None, :] == slot, weights_NK, 0.0))
-            expert = tl.sum(tl.where(k[None, :] == slot, ids_NK, 0)).to(tl.int64)
-        else:
-            weight = tl.load(weights_ptr + token * TOP_K + slot).to(tl.float32)
-            expert = tl.load(ids_ptr + token * TOP_K + slot)
-        a_row = (expert * rank + r) * in_features
-        acc_RI = tl.zeros([R_PAD, BLOCK_I], tl.float32)
-        for step in tl.range(0, STEPS):
-            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
-            in_i = i < in_features
-            x_I = tl.load(x_ptr + token * stride_x + i, mask=in_i, other=0.0).to(tl.float32)
-            a_RI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0)
-            acc_RI += a_RI.to(tl.float32) * x_I[None, :]
-        h_R = tl.sum(acc_RI, axis=1) * weight
-        at = ((split * num_tokens + token) * TOP_K + slot) * rank
-        tl.store(h_ptr + at + r, h_R, mask=in_r)
+            tl.store(weights_ptr + at, weights_NK, mask=(k < TOP_K)[None, :])
+            tl.store(ids_ptr + at, ids_NK.to(tl.int64), mask=(k < TOP_K)[None, :])
+        is_row = slot[:, None] == k[None, :]
+        weight_KR = tl.sum(tl.where(is_row, weights_NK, 0.0), axis=1)
+        expert_KR = tl.sum(tl.where(is_row, ids_NK, 0), axis=1).to(tl.int64)
+    else:
+        weight_KR = tl.load(weights_ptr + token * TOP_K + slot, mask=in_row, other=0.0).to(tl.float32)
+        expert_KR = tl.load(ids_ptr + token * TOP_K + slot, mask=in_row, other=0)
+    a_row = (expert_KR * rank + r) * in_features
+    acc_KRI = tl.zeros([K_PAD * R_PAD, BLOCK_I], tl.float32)
+    for step in tl.range(0, STEPS):
+        i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        in_i = i < in_features
+        x_I = tl.load(x_ptr + token * stride_x + i, mask=in_i, other=0.0).to(tl.float32)
+        a_KRI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_row[:, None] & in_i[None, :], other=0.0)
+        acc_KRI += a_KRI.to(tl.float32) * x_I[None, :]
+    h_KR = tl.sum(acc_KRI, axis=1) * weight_KR
+    at_KR = ((split * num_tokens + token) * TOP_K + slot) * rank + r
+    tl.store(h_ptr + at_KR, h_KR, mask=in_row)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])

@@ -22,6 +22,8 @@ from phatgoose.kernels.scoring import partial_scores
 from phatgoose.kernels.settings import Few, Scores, power_of_two
 
 T = TypeVar("T")
+# numbers of A, of B that a warp's registers take at a time
+_SHRINK_TILE, _EXPAND_TILE = 2048, 4096
 
 
 class Question(NamedTuple):
@@ -62,13 +64,14 @@ def score(
     pdl: bool,
     stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dots_GSNE, stats_SN2), fp32, for the questions of up to three layers."""
+    """(dots_GSNE, with rows of `padded` length, and stats_SN2), fp32, for the questions of up to three layers."""
     (num_tokens, in_features), num_experts = x_NI.shape, questions[0].hi_EI.shape[0]
-    dots_GSNE = x_NI.new_empty(len(questions), settings.splits, num_tokens, num_experts, dtype=torch.float32)
+    stride_e = padded(num_experts)
+    dots_GSNE = x_NI.new_empty(len(questions), settings.splits, num_tokens, stride_e, dtype=torch.float32)
     stats_SN2 = x_NI.new_empty(settings.splits, num_tokens, 2, dtype=torch.float32)
     grid = (
         triton.cdiv(num_tokens, settings.block_n),
-        triton.cdiv(num_experts, settings.block_e) * len(questions),
+        triton.cdiv(num_experts, settings.block_e) * len(questions) + 1,
         settings.splits,
     )
     with torch.cuda.stream(stream) if stream else nullcontext():
@@ -82,6 +85,7 @@ def score(
             num_experts,
             in_features,
             x_NI.stride(0),
+            stride_e,
             LAYERS=len(questions),
             BLOCK_N=settings.block_n,
             BLOCK_E=settings.block_e,
@@ -130,6 +134,8 @@ def shrink(
         read, splits = (choice.weights_NK,) * 8, 1
         eps, temperature, has_bias = 0.0, 1.0, False
     top_k = choice.weights_NK.shape[2]
+    k_pad, r_pad = power_of_two(top_k), power_of_two(rank)
+    block_i = max(16, min(settings.shrink_block_i, _SHRINK_TILE * settings.shrink_warps // (k_pad * r_pad)))
     h_GSNKR = x_NI.new_empty(len(factors), settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
     with torch.cuda.stream(stream) if stream else nullcontext():
         shrink_few[(num_tokens, settings.shrink_splits, len(factors))](
@@ -144,6 +150,7 @@ def shrink(
             in_features,
             rank,
             x_NI.stride(0),
+            padded(num_experts),
             bias_stride(first),
             eps,
             temperature,
@@ -151,10 +158,10 @@ def shrink(
             SPLITS=splits,
             E_PAD=power_of_two(num_experts),
             TOP_K=top_k,
-            K_PAD=power_of_two(top_k),
-            R_PAD=power_of_two(rank),
-            BLOCK_I=settings.shrink_block_i,
-            STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+            K_PAD=k_pad,
+            R_PAD=r_pad,
+            BLOCK_I=block_i,
+            STEPS=steps_of(in_features, block_i, settings.shrink_splits),
             HAS_BIAS=has_bias,
             ROUTE=isinstance(first, Question),
             **options(pdl, settings.shrink_warps),
@@ -176,8 +183,9 @@ def expand(
         factors: b_ERO of each.
     """
     _, splits, num_tokens, top_k, rank = h_GSNKR.shape
-    widths = [y_NO.shape[1] for y_NO in outputs]
-    expand_few[(num_tokens, triton.cdiv(max(widths), settings.expand_block_o), len(outputs))](
+    widths, r_pad = [y_NO.shape[1] for y_NO in outputs], power_of_two(rank)
+    block_o = max(32, min(settings.expand_block_o, _EXPAND_TILE * settings.expand_warps // r_pad))
+    expand_few[(num_tokens, triton.cdiv(max(widths), block_o), len(outputs))](
         *three(outputs),
         h_GSNKR,
         *three(factors),
@@ -189,8 +197,8 @@ def expand(
         LAYERS=len(outputs),
         SPLITS=splits,
         TOP_K=top_k,
-        R_PAD=power_of_two(rank),
-        BLOCK_O=settings.expand_block_o,
+        R_PAD=r_pad,
+        BLOCK_O=block_o,
         **options(settings.pdl and outputs[0].is_cuda, settings.expand_warps),
     )
 
@@ -276,6 +284,11 @@ def inputs_of_choice(dots_GSNE: torch.Tensor, stats_SN2: torch.Tensor, question:
 def three(arguments: Sequence[T]) -> tuple[T, T, T]:
     """The arguments of one to three layers as kernels take them."""
     return arguments[0], arguments[min(1, len(arguments) - 1)], arguments[-1]
+
+
+def padded(num_experts: int) -> int:
+    """Numbers of a row of one for each expert: a multiple of 16, so that rows are read 16 bytes at a time."""
+    return -(-num_experts // 16) * 16
 
 
 def bias_stride(routing: Question | Choice) -> int:

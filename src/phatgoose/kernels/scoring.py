@@ -68,6 +68,7 @@ def partial_scores(
     num_experts,
     in_features,
     stride_x,
+    stride_e,
     LAYERS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -77,16 +78,19 @@ def partial_scores(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """dots_GSNE and stats_SN2 (sum and sum of squares of x) of one split of I.
+    """dots_GSNE, or stats_SN2 (sum and sum of squares of x), of one split of I.
 
-    BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. From 64 on these are Hopper's,
-    which still read x from shared memory when the next step begins. Triton (3.6) keeps one buffer too few of x if the
-    sums read it too: the step after next overwrites what the product with lo still reads. So the sums read x for
-    themselves there (tests/test_triton_compile.py counts the buffers).
+    BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. The sums have programs of their
+    own, the last of axis 1: beside the products they would cost each step a reduction. And from 64 tokens on Hopper's
+    matrix units still read x from shared memory when the next step begins; Triton (3.6) keeps one buffer too few of x if
+    sums read it too, so that the step after next overwrites what the product with lo still reads
+    (tests/test_triton_compile.py counts the buffers).
+
+    A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
+    beyond the last expert are 0.
     """
-    SUMS_APART: tl.constexpr = BLOCK_N >= 64
     pid_n = tl.program_id(0)
-    blocks_e = tl.num_programs(1) // LAYERS
+    blocks_e = (tl.num_programs(1) - 1) // LAYERS
     pid_e = tl.program_id(1) % blocks_e
     g = tl.program_id(1) // blocks_e
     split = tl.program_id(2)
@@ -97,12 +101,24 @@ def partial_scores(
     in_n = n < num_tokens
     in_e = e < num_experts
     e_row = e.to(tl.int64) * in_features
+    slot = split.to(tl.int64) * num_tokens + n
     follow(PDL)
+
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        sum_N = tl.zeros([BLOCK_N], tl.float32)
+        square_N = tl.zeros([BLOCK_N], tl.float32)
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            mask_NI = in_n[:, None] & (i < in_features)[None, :]
+            x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
+            sum_N += tl.sum(x_NI, axis=1)
+            square_N += tl.sum(x_NI * x_NI, axis=1)
+        tl.store(stats_ptr + slot * 2, sum_N, mask=in_n)
+        tl.store(stats_ptr + slot * 2 + 1, square_N, mask=in_n)
+        return
 
     if BLOCK_N == 1:
         acc_EI = tl.zeros([BLOCK_E, BLOCK_I], tl.float32)
-        sum_I = tl.zeros([BLOCK_I], tl.float32)
-        square_I = tl.zeros([BLOCK_I], tl.float32)
         row = pid_n.to(tl.int64) * stride_x
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -113,15 +129,9 @@ def partial_scores(
             if HAS_LO:
                 v_EI += tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0).to(tl.float32)
             acc_EI += v_EI * x_I[None, :]
-            sum_I += x_I
-            square_I += x_I * x_I
         dots_NE = tl.sum(acc_EI, axis=1)[None, :]
-        sum_N = tl.sum(sum_I[None, :], axis=1)
-        square_N = tl.sum(square_I[None, :], axis=1)
     else:
         dots_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
-        sum_N = tl.zeros([BLOCK_N], tl.float32)
-        square_N = tl.zeros([BLOCK_N], tl.float32)
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
             in_i = i < in_features
@@ -132,25 +142,9 @@ def partial_scores(
             if HAS_LO:
                 lo_EI = tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
                 dots_NE = product(x_NI, lo_EI.T, dots_NE, UPCAST)
-            if not SUMS_APART:
-                wide_NI = x_NI.to(tl.float32)
-                sum_N += tl.sum(wide_NI, axis=1)
-                square_N += tl.sum(wide_NI * wide_NI, axis=1)
 
-    slot = split.to(tl.int64) * num_tokens + n
     at_N = slot + g.to(tl.int64) * tl.num_programs(2) * num_tokens
-    tl.store(dots_ptr + at_N[:, None] * num_experts + e[None, :], dots_NE, mask=in_n[:, None] & in_e[None, :])
-    # the last block of experts may be the smallest, so that its program has time left
-    if tl.program_id(1) == tl.num_programs(1) - 1:
-        if SUMS_APART:
-            for step in tl.range(0, STEPS, num_stages=3):
-                i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
-                mask_NI = in_n[:, None] & (i < in_features)[None, :]
-                wide_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
-                sum_N += tl.sum(wide_NI, axis=1)
-                square_N += tl.sum(wide_NI * wide_NI, axis=1)
-        tl.store(stats_ptr + slot * 2, sum_N, mask=in_n)
-        tl.store(stats_ptr + slot * 2 + 1, square_N, mask=in_n)
+    tl.store(dots_ptr + at_N[:, None] * stride_e + e[None, :], dots_NE, mask=in_n[:, None] & (e < stride_e)[None, :])
 
 
 @triton.jit
@@ -163,6 +157,7 @@ def choose(
     num_tokens,
     num_experts,
     in_features,
+    stride_e,
     stride_bias,
     eps,
     temperature,
@@ -182,13 +177,13 @@ def choose(
     in_e = e < num_experts
     mask_NE = in_n[:, None] & in_e[None, :]
     dots_NE = tl.zeros([n.shape[0], E_PAD], tl.float32)
-    sum_N = tl.zeros([n.shape[0]], tl.float32)
-    square_N = tl.zeros([n.shape[0]], tl.float32)
     for split in tl.static_range(SPLITS):
         slot = n + split * num_tokens
-        dots_NE += tl.load(dots_ptr + slot[:, None] * num_experts + e[None, :], mask=mask_NE, other=0.0)
-        sum_N += tl.load(stats_ptr + slot * 2, mask=in_n, other=0.0)
-        square_N += tl.load(stats_ptr + slot * 2 + 1, mask=in_n, other=0.0)
+        read_NE = in_n[:, None] & (e < stride_e)[None, :]
+        dots_NE += tl.load(dots_ptr + slot[:, None] * stride_e + e[None, :], mask=read_NE, other=0.0)
+    stats_NS = stats_ptr + (n[:, None] + tl.arange(0, SPLITS)[None, :] * num_tokens) * 2
+    sum_N = tl.sum(tl.load(stats_NS, mask=in_n[:, None], other=0.0), axis=1)
+    square_N = tl.sum(tl.load(stats_NS + 1, mask=in_n[:, None], other=0.0), axis=1)
     mean_N = sum_N / in_features
     variance_N = tl.maximum(square_N / in_features - mean_N * mean_N, 0.0)
     rstd_N = 1.0 / tl.sqrt(variance_N + eps)
@@ -207,8 +202,10 @@ def choose(
     top_NK = tl.full([n.shape[0], K_PAD], -0x80000000, tl.int32)
     ids_NK = tl.zeros([n.shape[0], K_PAD], tl.int32)
     for slot_k in tl.static_range(TOP_K):
-        best_N, id_N = tl.max(keys_NE, axis=1, return_indices=True, return_indices_tie_break_left=True)
-        id_N = tl.minimum(id_N.to(tl.int32), num_experts - 1)
+        # two plain reductions: each is one instruction for a warp
+        best_N = tl.max(keys_NE, axis=1)
+        id_N = tl.min(tl.where(keys_NE == best_N[:, None], e[None, :], E_PAD), axis=1)
+        id_N = tl.minimum(id_N, num_experts - 1)
         top_NK = tl.where(k[None, :] == slot_k, best_N[:, None], top_NK)
         ids_NK = tl.where(k[None, :] == slot_k, id_N[:, None], ids_NK)
         keys_NE = tl.where(e[None, :] == id_N[:, None], -0x80000000, keys_NE)

@@ -78,12 +78,12 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
     """For a shape, and a number of layers that share launches."""
     if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
         block_e, block_i = 8, 256
-        programs = layers * num_tokens * -(-num_experts // block_e)
+        programs = num_tokens * (layers * -(-num_experts // block_e) + 1)
         splits = _splits(programs, in_features, block_i, most=16)
         scores = Scores(block_n=1, block_e=block_e, block_i=block_i, splits=splits)
     else:
         block_n = 16 if num_tokens <= 16 else 32
-        programs = layers * -(-num_tokens // block_n) * -(-num_experts // 16)
+        programs = -(-num_tokens // block_n) * (layers * -(-num_experts // 16) + 1)
         splits = _splits(programs, in_features, 128, most=16)
         scores = Scores(block_n=block_n, block_e=16, block_i=128, splits=splits)
     return Few(
@@ -91,13 +91,15 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
         shrink_splits=_splits(layers * num_tokens, in_features, 256, most=16),
         shrink_block_i=256,
         expand_block_o=128 if num_tokens <= 4 else 256,
+        # one: a thread then has all of R of its columns, and sums over R without the others
+        expand_warps=1,
     )
 
 
 def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Many:
     """For a shape."""
-    block_e = 64 if num_experts <= 64 else 128
-    programs = -(-num_tokens // 128) * -(-num_experts // block_e)
+    # and the programs of the sums
+    programs = -(-num_tokens // 128) * (-(-num_experts // 64) + 1)
     e_pad, k_pad = power_of_two(num_experts), power_of_two(top_k)
     shrink_rows = _rows(num_tokens * top_k / num_experts)
     expand_rows = _rows(num_tokens / num_experts)
@@ -105,8 +107,9 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Man
     # what chooses holds a row's splits in registers
     splits = _splits(programs, in_features, 64, most=8 if num_experts <= 256 else 2)
     return Many(
-        scores=Scores(block_n=128, block_e=block_e, block_i=64, splits=splits, warps=8),
-        choose_block_n=min(32, max(8, _SORT_TILE // e_pad)),
+        scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
+        # code without loops: a larger tile is more instructions, which each multiprocessor fetches once
+        choose_block_n=8,
         most_blocks=128,
         sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
         shrink_rows=shrink_rows,

@@ -16,6 +16,7 @@ from phatgoose.kernels.launches import (
     empty_choice,
     inputs_of_choice,
     options,
+    padded,
     score,
     steps_of,
 )
@@ -56,6 +57,7 @@ def add_many(
         expand_ends_KE,
         num_tokens,
         num_experts,
+        counts_CKE.shape[2],
         num_blocks,
         steps,
         triton.cdiv(num_blocks, block_c),
@@ -138,7 +140,7 @@ def _choose(
     else:
         choice = routing
     top_k = choice.weights_NK.shape[1]
-    counts_CKE = choice.expert_ids_NK.new_empty(num_blocks, top_k, num_experts, dtype=torch.int32)
+    counts_CKE = choice.expert_ids_NK.new_empty(num_blocks, top_k, padded(num_experts), dtype=torch.int32)
     sizes = {
         "E_PAD": power_of_two(num_experts),
         "TOP_K": top_k,
@@ -155,6 +157,7 @@ def _choose(
             num_tokens,
             num_experts,
             in_features,
+            padded(num_experts),
             bias_stride(routing),
             routing.eps,
             routing.temperature,
@@ -164,7 +167,7 @@ def _choose(
             **sizes,
         )
     else:
-        count_pairs[(num_blocks,)](choice.expert_ids_NK, counts_CKE, num_tokens, num_experts, steps, **sizes)
+        count_pairs[(num_blocks,)](choice.expert_ids_NK, counts_CKE, num_tokens, padded(num_experts), steps, **sizes)
     return choice, counts_CKE, steps
 
 

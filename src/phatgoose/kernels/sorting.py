@@ -29,12 +29,12 @@ def add_counts(counts_KE, ids_N, in_n, slot: tl.constexpr, K_PAD: tl.constexpr, 
 
 
 @triton.jit
-def store_counts(counts_ptr, counts_KE, num_experts, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr):
-    """One row of counts_CKE."""
+def store_counts(counts_ptr, counts_KE, stride_e, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr):
+    """One row of counts_CKE, whose rows are padded to stride_e as those of the scores are."""
     e = tl.arange(0, E_PAD)
     k = tl.arange(0, K_PAD)
-    at_KE = (tl.program_id(0) * TOP_K + k[:, None]) * num_experts + e[None, :]
-    tl.store(counts_ptr + at_KE, counts_KE, mask=(k < TOP_K)[:, None] & (e < num_experts)[None, :])
+    at_KE = (tl.program_id(0) * TOP_K + k[:, None]) * stride_e + e[None, :]
+    tl.store(counts_ptr + at_KE, counts_KE, mask=(k < TOP_K)[:, None] & (e < stride_e)[None, :])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
@@ -49,6 +49,7 @@ def choose_many(
     num_tokens,
     num_experts,
     in_features,
+    stride_e,
     stride_bias,
     eps,
     temperature,
@@ -78,6 +79,7 @@ def choose_many(
             num_tokens,
             num_experts,
             in_features,
+            stride_e,
             stride_bias,
             eps,
             temperature,
@@ -95,7 +97,7 @@ def choose_many(
             ids_N = tl.sum(tl.where(k[None, :] == slot, ids_NK, 0), axis=1)
             counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
         step += 1
-    store_counts(counts_ptr, counts_KE, num_experts, TOP_K, K_PAD, E_PAD)
+    store_counts(counts_ptr, counts_KE, stride_e, TOP_K, K_PAD, E_PAD)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "steps"])
@@ -103,7 +105,7 @@ def count_pairs(
     ids_ptr,
     counts_ptr,
     num_tokens,
-    num_experts,
+    stride_e,
     steps,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -122,7 +124,7 @@ def count_pairs(
             ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
             counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
         step += 1
-    store_counts(counts_ptr, counts_KE, num_experts, TOP_K, K_PAD, E_PAD)
+    store_counts(counts_ptr, counts_KE, stride_e, TOP_K, K_PAD, E_PAD)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "steps", "c_steps"])
@@ -137,6 +139,7 @@ def place_pairs(
     expand_ends_ptr,
     num_tokens,
     num_experts,
+    stride_e,
     num_blocks,
     steps,
     c_steps,
@@ -160,8 +163,9 @@ def place_pairs(
     step = 0
     while step < c_steps:
         c = step * BLOCK_C + tl.arange(0, BLOCK_C)
-        at_CKE = (c[:, None, None] * TOP_K + k[None, :, None]) * num_experts + e[None, None, :]
-        counts_CKE = tl.load(counts_ptr + at_CKE, mask=(c < num_blocks)[:, None, None] & in_ke[None, :, :], other=0)
+        at_CKE = (c[:, None, None] * TOP_K + k[None, :, None]) * stride_e + e[None, None, :]
+        mask_CKE = (c < num_blocks)[:, None, None] & (k < TOP_K)[None, :, None] & (e < stride_e)[None, None, :]
+        counts_CKE = tl.load(counts_ptr + at_CKE, mask=mask_CKE, other=0)
         total_KE += tl.sum(counts_CKE, axis=0)
         before_KE += tl.sum(tl.where((c < block)[:, None, None], counts_CKE, 0), axis=0)
         step += 1
