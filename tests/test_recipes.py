@@ -119,6 +119,14 @@ def test_ocean(tmp_path: Path) -> None:
         assert name in settings
     assert (out / "analysis-phatgoose" / "analysis.html").is_file()
 
+    some = ["--stages", "tables", "--packed", str(out / "rows"), "--out", str(tmp_path / "some"), "--seeds", "1"]
+    some += ["--routers", "base", "phatgoose", "--tasks", "e0"]
+    done = subprocess.run([sys.executable, str(RECIPES / "ocean"), *some], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    comparison = (tmp_path / "some" / "comparison.md").read_text()
+    assert "held-in (1 task)" in comparison and "| base |" in comparison and "rte" not in comparison
+    assert "arrow" not in comparison and "expert:" not in comparison
+
     before = times(out)
     again = [*args, "--stages", "train", "variants", "evaluate", "record"]
     done = subprocess.run(again, capture_output=True, text=True, timeout=500, check=False)

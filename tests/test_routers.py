@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,13 @@ from conftest import (
 from peft import PeftModel
 from routing_workshop import complete, logits, make_pool, routed
 
+from phatgoose.config import RouterConfig
 from phatgoose.errors import ConfigError, PoolError, RouterError
 from phatgoose.expert import Expert
 from phatgoose.pool import Pool
 from phatgoose.routers import ROUTERS, router_class
+from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.stack import SiteStack
 
 # `single` routes among one expert, and has tests of its own
 AMONG_MANY = [name for name in ROUTERS if name != "single"]
@@ -43,6 +47,19 @@ def test_weights_sum_to_one_and_ids_are_distinct(router: str, kind: str, tmp_pat
         assert weights.min() >= 0
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:2]))
         assert all(len(set(row)) == len(row) for row in ids.flatten(0, 1).tolist())
+
+
+def test_a_router_lies_where_its_stack_does() -> None:
+    """Also inside `with torch.device(...)`, where others build a whole model."""
+    stack = SiteStack(
+        a_ERI=torch.randn(3, 2, 8),
+        b_ERO=torch.randn(3, 2, 5),
+        gates_EI=torch.randn(3, 8),
+        present_E=torch.tensor([True, False, True]),
+    )
+    with torch.device("meta"):
+        router = Phatgoose(stack, RouterConfig())
+    assert router.absent_E.tolist() == [0.0, -math.inf, 0.0]
 
 
 @pytest.mark.parametrize("router", AMONG_MANY)

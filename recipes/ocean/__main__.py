@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--tasks", nargs="+", default=(), help="of the suites; all if not given")
-    parser.add_argument("--routers", nargs="+", help="evaluate and record only these methods; evaluate those of no grid on all suites")
+    parser.add_argument("--routers", nargs="+", help="only these methods; those of no grid are evaluated on all suites")
     parser.add_argument("--pools", nargs="+", choices=POOLS, help="only these; all if not given")
     parser.add_argument("--rows", type=int, help="of each task, at most")
     parser.add_argument("--recorded-rows", type=int, default=30, help="of each task")

@@ -17,6 +17,7 @@ from phatgoose.comparison import compare
 from phatgoose.comparison_page import write_comparison_page
 from phatgoose.comparison_tables import markdown
 from phatgoose.errors import ResultsError
+from phatgoose.methods import EXPERTS
 from phatgoose.oracle import is_expert
 from phatgoose.results import Result, read_results
 
@@ -26,7 +27,8 @@ def write_tables(args: argparse.Namespace) -> None:
     rows = args.packed or args.out / "rows"
     for seed in args.seeds:
         pack(args.out / f"seed-{seed}", rows)
-    main = read(sorted(rows.glob("seed-*-results.tar.xz")))
+    archives = [path for seed in args.seeds if (path := rows / f"seed-{seed}-results.tar.xz").is_file()]
+    main = [result for result in read(archives) if is_wanted(result, args)]
     settings = {result.method for result in main} & set(SETTINGS)
     methods = [result for result in main if result.method not in settings]
     write(args.out, "comparison", methods)
@@ -34,13 +36,19 @@ def write_tables(args: argparse.Namespace) -> None:
     first = [result for result in main if result.seed == min(args.seeds)]
     write(args.out, "settings", [*(r for r in first if not is_expert(r.method)), *of_other_pools(rows, first)])
     for router in RECORDED:
-        recordings = sorted(rows.glob(f"seed-*-recording-{router}"))
-        if recordings:
+        recordings = [path for seed in args.seeds if (path := rows / f"seed-{seed}-recording-{router}").is_dir()]
+        if recordings and (args.routers is None or router in args.routers):
             command = [
                 sys.executable, "-m", "phatgoose", "analyse", *recordings, "--out", args.out / f"analysis-{router}",
-                *(part for path in sorted(rows.glob("seed-*-results.tar.xz")) for part in ("--results", path)),
+                *(part for path in archives for part in ("--results", path)),
             ]  # fmt: skip
             subprocess.run([str(part) for part in command], check=True)
+
+
+def is_wanted(result: Result, args: argparse.Namespace) -> bool:
+    """Whether a row is of the methods and the tasks that were asked for."""
+    method = EXPERTS if is_expert(result.method) else result.method
+    return (args.routers is None or method in args.routers) and (not args.tasks or result.task in args.tasks)
 
 
 def of_other_pools(rows: Path, first: Sequence[Result]) -> list[Result]:

@@ -122,7 +122,7 @@ class Router(nn.Module, ABC):
         self.temperature = config.temperature
         self.has_slots = stack.filled_E is not None
         # added to the scores: an expert that does not adapt this site is never chosen
-        absent_E = torch.zeros(len(stack.present_E)).masked_fill(~stack.present_E.cpu(), float("-inf"))
+        absent_E = torch.zeros(len(stack.present_E), device="cpu").masked_fill(~stack.present_E.cpu(), float("-inf"))
         self.register_buffer("absent_E", absent_E, persistent=False)
 
     @classmethod
