@@ -2,7 +2,7 @@
 
     python benchmarks/routed_layer.py --out benchmarks/rows/routed_layer.csv
     python benchmarks/routed_layer.py --sweep        # block sizes, splits and warps
-    python benchmarks/routed_layer.py --profile      # each kernel by itself
+    python benchmarks/routed_layer.py --profile      # each kernel by itself; --out: another file's rows
     python benchmarks/routed_layer.py --device cpu   # a rehearsal at tiny size, in Triton's interpreter
 
 bf16, rank 16, top-2. "one LoRA" is three plain products and an add. Every method runs over several layers with
@@ -218,11 +218,12 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Print the device time of each kernel of one layer, in microseconds."""
+    """Print and write the device time of each kernel of one layer, in microseconds."""
     for shape, experts, tokens in ((s, e, t) for s in args.shapes for e in args.experts for t in args.tokens):
         inputs, outputs = map(int, shape.split("x"))
         layers = layers_of(tokens, experts, inputs, outputs, "cuda")
         chosen = chosen_settings(tokens, experts, inputs, few=settings.takes_few(tokens, TOP_K))
+        rows: list[dict[str, object]] = []
         methods: dict[str, Callable[[Layer], object]] = {
             "one LoRA": one_lora,
             "triton": partial(with_kernels, chosen=chosen),
@@ -236,11 +237,19 @@ def profile(args: argparse.Namespace) -> None:
                     method(layer)
                 torch.cuda.synchronize()
             times = {e.key[:60]: e.self_device_time_total / (5 * len(layers)) for e in found.key_averages()}
+            sizes = {"inputs": inputs, "outputs": outputs, "experts": experts, "tokens": tokens, "method": name}
+            rows += [
+                {"device": device_name("cuda"), "torch": torch.__version__, **sizes, "kernel": kernel,
+                 "microseconds": f"{time:.2f}"}
+                for kernel, time in times.items() if time > 0
+            ]  # fmt: skip
             print(
                 f"{shape} N {experts} T {tokens} {name}: {sum(times.values()):.1f} = "
                 + " + ".join(f"{time:.1f} {kernel}" for kernel, time in times.items() if time > 0),
                 flush=True,
             )
+        if args.out:
+            replace_rows(args.out, rows, *KEYS)
         del layers
 
 

@@ -30,13 +30,14 @@ FEW: Mapping[str, Sequence[Any]] = {
 }
 MANY: Mapping[str, Sequence[Any]] = {
     "pdl": (False, True),
-    "scores.block_e": (64, 128, 256),
+    "scores.block_e": (32, 64, 128),
     "scores.block_n": (64, 128),
     "scores.block_i": (32, 64, 128),
     "scores.stages": (2, 3, 4),
     "scores.splits": (1, 2, 4, 8),
     "scores.warps": (4, 8),
-    "choose_block_n": (16, 32, 64),
+    "choose_block_n": (4, 8, 16, 32),
+    "most_blocks": (64, 128, 256),
     "choose_warps": (4, 8),
     "shrink_rows": (16, 32, 64),
     "shrink_block_i": (64, 128, 256),

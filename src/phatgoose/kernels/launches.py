@@ -19,11 +19,9 @@ import triton
 
 from phatgoose.kernels.few_tokens import expand_few, shrink_few
 from phatgoose.kernels.scoring import partial_scores
-from phatgoose.kernels.settings import Few, Scores, power_of_two
+from phatgoose.kernels.settings import EXPAND_TILE, SHRINK_TILE, Few, Scores, power_of_two
 
 T = TypeVar("T")
-# numbers of A, of B that a warp's registers take at a time
-_SHRINK_TILE, _EXPAND_TILE = 2048, 4096
 
 
 class Question(NamedTuple):
@@ -135,7 +133,7 @@ def shrink(
         eps, temperature, has_bias = 0.0, 1.0, False
     top_k = choice.weights_NK.shape[2]
     k_pad, r_pad = power_of_two(top_k), power_of_two(rank)
-    block_i = max(16, min(settings.shrink_block_i, _SHRINK_TILE * settings.shrink_warps // (k_pad * r_pad)))
+    block_i = max(16, min(settings.shrink_block_i, SHRINK_TILE * settings.shrink_warps // (k_pad * r_pad)))
     h_GSNKR = x_NI.new_empty(len(factors), settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
     with torch.cuda.stream(stream) if stream else nullcontext():
         shrink_few[(num_tokens, settings.shrink_splits, len(factors))](
@@ -184,7 +182,7 @@ def expand(
     """
     _, splits, num_tokens, top_k, rank = h_GSNKR.shape
     widths, r_pad = [y_NO.shape[1] for y_NO in outputs], power_of_two(rank)
-    block_o = max(32, min(settings.expand_block_o, _EXPAND_TILE * settings.expand_warps // r_pad))
+    block_o = max(32, min(settings.expand_block_o, EXPAND_TILE * settings.expand_warps // r_pad))
     expand_few[(num_tokens, triton.cdiv(max(widths), block_o), len(outputs))](
         *three(outputs),
         h_GSNKR,

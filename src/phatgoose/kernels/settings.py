@@ -20,6 +20,8 @@ BASE_BESIDE = False
 SHARE_INPUT = False
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
+# few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
+SHRINK_TILE, EXPAND_TILE = 2048, 4096
 # what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts
 _SORT_TILE = 8192
 
@@ -91,8 +93,9 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
         shrink_splits=_splits(layers * num_tokens, in_features, 256, most=16),
         shrink_block_i=256,
         expand_block_o=128 if num_tokens <= 4 else 256,
-        # one: a thread then has all of R of its columns, and sums over R without the others
-        expand_warps=1,
+        # one: a thread then has all of R of its columns, and sums over R without the others; that is less work, but
+        # for few programs the wait is what counts
+        expand_warps=4 if num_tokens <= 4 else 1,
     )
 
 
