@@ -121,10 +121,11 @@ def layer_launches(
     bias: bool = True,
     chosen: settings.Few | settings.Many | None = None,
     layers: int = 1,
+    after: bool = False,
 ) -> list[Launch]:
     """What a routed bf16 layer launches, or several with one x (few tokens): rank 16, top-2.
 
-    Settings are the shape's own unless `chosen`.
+    Settings are the shape's own unless `chosen`. `after`: the base layer comes last (many tokens).
     """
     if chosen is None:
         few = layers > 1 or settings.takes_few(tokens, TOP_K)
@@ -143,6 +144,9 @@ def layer_launches(
             launches.add_few_shared(ys, x_NI, downs, ups, [question] * layers, chosen)
         elif isinstance(chosen, settings.Few):
             launches.add_few(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
+        elif after:
+            weight_OI = torch.empty(outputs, inputs, **new)
+            sorted_launches.linear_after(x_NI, weight_OI, a_ERI, b_ERO, question, chosen)
         else:
             sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
     return found

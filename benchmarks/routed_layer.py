@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from phatgoose.kernels import load, settings
 from phatgoose.kernels.launches import Choice, Question, add_few, linear_and_add
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many
+from phatgoose.kernels.sorted_launches import add_many, linear_after
 
 RANK, TOP_K, EPS = 16, 2, 1e-5
 # a run replaces the rows of the shapes that it measures
@@ -91,6 +91,11 @@ def beside(layer: Layer, chosen: settings.Few) -> Result:
     return linear_and_add(layer.x_NI, layer.w_OI, None, layer.a_ERI, layer.b_ERO, layer.question, chosen)
 
 
+def before(layer: Layer, chosen: settings.Many) -> Result:
+    """Ours for many tokens, the base layer last."""
+    return linear_after(layer.x_NI, layer.w_OI, layer.a_ERI, layer.b_ERO, layer.question, chosen)
+
+
 def with_torch(layer: Layer, backend: str) -> Result:
     """Ours, with a PyTorch backend and the router's own code."""
     scores_NE = F.layer_norm(layer.x_NI.float(), layer.x_NI.shape[1:], eps=EPS) @ layer.prototypes_EI.T
@@ -116,6 +121,7 @@ def routed_methods(tokens: int, experts: int, inputs: int, device: str, torch_ba
             methods[f"triton, {name}{', pdl' if pdl else ''}"] = partial(with_kernels, chosen=chosen)
             if few and device == "cuda":
                 methods[f"triton, few, beside the base{', pdl' if pdl else ''}"] = partial(beside, chosen=chosen)  # type: ignore[arg-type]
+    methods["triton, many, before the base"] = partial(before, chosen=settings.many(tokens, TOP_K, experts, inputs))
     if torch_backends:
         backends = ["grouped"] + ["gather"] * (tokens <= 64) + ["dense"] * (experts <= 64)
         methods |= {f"torch, {backend}": partial(with_torch, backend=backend) for backend in backends}
@@ -265,6 +271,7 @@ def compile_first(args: argparse.Namespace) -> None:
         for few in (True, False) if tokens <= 256 else (False,):
             chosen = chosen_settings(tokens, experts, inputs, few=few)
             layers += [{**sizes, "chosen": chosen, "pdl": pdl} for pdl in (False, True)]
+        layers.append({**sizes, "chosen": chosen, "after": True})
     number = compile_layers(layers)
     print(f"[{time.perf_counter() - begin:5.0f} s] {number} kernels compiled", flush=True)
 

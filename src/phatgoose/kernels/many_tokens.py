@@ -92,10 +92,11 @@ def expand_many(
     R_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    WRITE: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y_NO += B h of the sorted pairs of one slot."""
+    """y_NO += B h of the sorted pairs of one slot. WRITE: = instead, for every token has a pair of every slot."""
     follow(PDL)
     expert, tile = find_tile(ends_ptr + slot * num_experts, tl.program_id(0), num_experts, E_PAD)
     if expert < num_experts:
@@ -110,7 +111,9 @@ def expand_many(
         b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
         y_at = y_ptr + n[:, None] * stride_y + o[None, :]
         in_mo = in_m[:, None] & in_o[None, :]
-        y_MO = tl.load(y_at, mask=in_mo, other=0.0)
+        y_MO = tl.zeros([ROWS, BLOCK_O], y_ptr.dtype.element_ty)
+        if not WRITE:
+            y_MO = tl.load(y_at, mask=in_mo, other=0.0)
         h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
         for split in tl.static_range(SPLITS):
             at_M = (m + split * num_pairs).to(tl.int64) * rank

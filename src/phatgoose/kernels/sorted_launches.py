@@ -25,6 +25,23 @@ from phatgoose.kernels.settings import Many, power_of_two
 from phatgoose.kernels.sorting import choose_many, count_pairs, place_pairs
 
 
+def linear_after(
+    x_NI: torch.Tensor,
+    weight_OI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    routing: Question | Choice,
+    settings: Many,
+) -> tuple[torch.Tensor, Choice]:
+    """(a layer's output with the updates, the choice), for many tokens: first the updates, then the layer adds itself.
+
+    B's first launch then writes y and reads none, and the layer's product, which is bound by arithmetic, reads y.
+    """
+    y_NO = x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
+    choice = add_many(y_NO, x_NI, a_ERI, b_ERO, routing, settings, write=True)
+    return y_NO.addmm_(x_NI, weight_OI.T), choice
+
+
 def add_many(
     y_NO: torch.Tensor,
     x_NI: torch.Tensor,
@@ -32,8 +49,10 @@ def add_many(
     b_ERO: torch.Tensor,
     routing: Question | Choice,
     settings: Many,
+    *,
+    write: bool = False,
 ) -> Choice:
-    """y_NO += the chosen experts' updates of x_NI, for many tokens."""
+    """y_NO += the chosen experts' updates of x_NI, for many tokens; with `write` y_NO = the updates."""
     (num_tokens, in_features), (num_experts, rank, out_features) = x_NI.shape, b_ERO.shape
     choice, counts_CKE, steps = _choose(x_NI, routing, num_experts, settings)
     top_k = choice.weights_NK.shape[1]
@@ -118,6 +137,7 @@ def add_many(
             R_PAD=r_pad,
             ROWS=settings.expand_rows,
             BLOCK_O=settings.expand_block_o,
+            WRITE=write and slot == 0,
             UPCAST=not x_NI.is_cuda,
             **options(pdl, settings.expand_warps),
         )
