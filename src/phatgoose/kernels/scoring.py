@@ -87,7 +87,7 @@ def partial_scores(
     (tests/test_triton_compile.py counts the buffers).
 
     A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
-    beyond the last expert are 0.
+    beyond the last expert mean nothing.
     """
     pid_n = tl.program_id(0)
     blocks_e = (tl.num_programs(1) - 1) // LAYERS
