@@ -22,7 +22,7 @@ SHARE_INPUT = False
 PROGRAMS = 132
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
-# what the sorting kernels hold in registers: tokens x experts, or blocks x slots x experts
+# what `place_pairs` holds in registers: blocks x slots x experts
 _SORT_TILE = 8192
 
 
