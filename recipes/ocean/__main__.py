@@ -13,6 +13,7 @@ DATA is laid out as docs/evaluation.md says. Makes
     OUT/rows                         the same, packed (or where --packed says)
     OUT/comparison.md, .html         the tables of all seeds, on the tasks that all methods have
     OUT/above-chance.md, .html       likewise, without the tasks on which no method is better than chance
+    OUT/ours.md, OUT/ours-above-chance.md, .html    the same against our own router
     OUT/settings.md, .html           of what was varied, with the first seed
     OUT/analysis-<router>            figures of the routing
     OUT/times.jsonl                  how long each stage took, and on what

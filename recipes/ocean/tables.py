@@ -21,6 +21,8 @@ from phatgoose.methods import EXPERTS
 from phatgoose.oracle import is_expert
 from phatgoose.results import Result, read_results
 
+OURS = "phatgoose-retrieval"
+
 
 def write_tables(args: argparse.Namespace) -> None:
     """Everything that docs/results.md is made of."""
@@ -33,6 +35,9 @@ def write_tables(args: argparse.Namespace) -> None:
     methods = [result for result in main if result.method not in settings]
     write(args.out, "comparison", methods)
     write(args.out, "above-chance", methods, above_chance=True)
+    if any(result.method == OURS for result in methods):
+        write(args.out, "ours", methods, against=OURS)
+        write(args.out, "ours-above-chance", methods, against=OURS, above_chance=True)
     first = [result for result in main if result.seed == min(args.seeds)]
     write(args.out, "settings", [*(r for r in first if not is_expert(r.method)), *of_other_pools(rows, first)])
     for router in RECORDED:
@@ -72,10 +77,12 @@ def read(archives: Sequence[Path]) -> list[Result]:
     return results
 
 
-def write(out: Path, name: str, results: Sequence[Result], *, above_chance: bool = False) -> None:
+def write(
+    out: Path, name: str, results: Sequence[Result], *, against: str = "phatgoose", above_chance: bool = False
+) -> None:
     """A comparison as Markdown and as a page."""
     try:
-        found = compare(results, common=True, above_chance=above_chance)
+        found = compare(results, against=against, common=True, above_chance=above_chance)
     except ResultsError as error:
         if not above_chance:
             raise

@@ -43,7 +43,7 @@ def distance_figure(analysis: Analysis) -> Figure:
             )
             for point in points:
                 if (suite, point.task) in analysis.heatmaps:
-                    _name(axis, point.task, (point.kl, 100 * getattr(point, field)), left=point.kl > middle)
+                    _name(axis, point.task, (point.kl, 100 * getattr(point, field)), left=point.kl < middle)
         axis.axvline(uniform, color="#777777", linewidth=0.9, linestyle=(0, (4, 2)))
         if field != "score":
             axis.axhline(0, color="#777777", linewidth=0.9)
@@ -51,21 +51,23 @@ def distance_figure(analysis: Analysis) -> Figure:
         axis.set_title(what[0].upper() + what[1:], loc="left")
         axis.set_ylabel("%" if field == "score" else "points of per cent")
         axis.grid(True, color="#e4e2dc", linewidth=0.7)
-        axis.margins(x=0.12)
+        axis.margins(x=0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
     return figure
 
 
 def _name(axis: Any, text: str, place: tuple[float, float], *, left: bool) -> None:
-    """Write beside a point, on the side where there is more room."""
+    """Write near a point, on the side where fewer others are, with a line to it."""
     label = axis.annotate(
         text,
         place,
-        xytext=(-4 if left else 4, 5),
+        xytext=(-16 if left else 16, 11),
         textcoords="offset points",
         ha="right" if left else "left",
+        va="center",
         fontsize=7,
-        zorder=2.5,  # points lie above it
+        zorder=4,
         in_layout=False,
+        arrowprops={"arrowstyle": "-", "linewidth": 0.7, "shrinkA": 0, "shrinkB": 2.5},
     )
     label.set_path_effects([withStroke(linewidth=2, foreground="white")])
