@@ -176,12 +176,24 @@ def test_given_routing(kernel: str, pattern: str) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.parametrize("place_block_n", [16, 64])  # several steps; more than a program's 48 tokens at once
 @pytest.mark.parametrize("most_blocks", [1, 3])
-def test_programs_that_take_several_blocks(most_blocks: int) -> None:
+def test_programs_that_take_several_blocks(most_blocks: int, place_block_n: int) -> None:
     layer = make_layer(MIDDLE._replace(tokens=130), torch.float32)
-    y_NO, choice = add("many", layer, ask(layer, 2), most_blocks=most_blocks, choose_block_n=16, sort_block_c=2)
+    blocks = {"most_blocks": most_blocks, "choose_block_n": 16, "place_block_n": place_block_n, "sort_block_c": 2}
+    y_NO, choice = add("many", layer, ask(layer, 2), **blocks)
     check_choice(choice, true_scores(layer), SCORE_ERROR[torch.float32])
     check_y(y_NO, layer, choice)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 100])
+def test_updates_by_ranges_of_columns(columns: int) -> None:
+    layer = make_layer(MIDDLE._replace(outputs=200), torch.float32)
+    question = ask(layer, 2)
+    y_NO, choice = add("many", layer, question, expand_bytes=columns * MIDDLE.tokens * 4, expand_block_o=32)
+    check_y(y_NO, layer, choice)
+    at_once_NO, _ = add("many", layer, question, expand_block_o=32)
+    assert torch.equal(y_NO, at_once_NO)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -332,6 +344,7 @@ def test_settings_fit_every_shape() -> None:
                 for scores in (few.scores, many.scores):
                     assert scores.splits == 1 or scores.splits * scores.block_i <= inputs
                 assert few.shrink_splits == settings.power_of_two(few.shrink_splits)
-                for size in (many.choose_block_n, many.sort_block_c, many.shrink_rows, many.expand_rows):
+                sizes = (many.choose_block_n, many.place_block_n, many.sort_block_c, many.shrink_rows, many.expand_rows)
+                for size in sizes:
                     assert size == settings.power_of_two(size)
                 assert min(many.shrink_rows, many.expand_rows) >= 16

@@ -2,7 +2,8 @@
 
 `shrink_many` gathers x in place of a sorted copy. `expand_many` runs once per slot: within a slot a token occurs
 once, so y is read, added to and written by one program, without atomics and without a tensor of N * K * O numbers.
-K passes over y move 2 K N O numbers; that tensor would move (2 K + 2) N O, and need the memory.
+It takes so many columns that they stay in the L2 cache from one slot to the next: then y goes through memory once,
+whatever K is. In one pass for all columns, y would go through memory K times.
 
 Grids come from shapes alone: as many tiles as the worst routing needs. Programs beyond the last tile end at once.
 
@@ -81,6 +82,8 @@ def expand_many(
     begins_ptr,
     ends_ptr,
     slot,
+    first_o,
+    last_o,
     num_pairs,
     num_experts,
     out_features,
@@ -96,7 +99,10 @@ def expand_many(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y_NO += B h of the sorted pairs of one slot. WRITE: = instead, for every token has a pair of every slot."""
+    """y_NO += B h of the sorted pairs of one slot, for columns from first_o to last_o (a multiple of BLOCK_O, or O).
+
+    WRITE: = instead, for every token has a pair of every slot.
+    """
     follow(PDL)
     expert, tile = find_tile(ends_ptr + slot * num_experts, tl.program_id(0), num_experts, E_PAD)
     if expert < num_experts:
@@ -105,8 +111,8 @@ def expand_many(
         n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
         r = tl.arange(0, R_PAD)
         in_r = r < rank
-        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-        in_o = o < out_features
+        o = first_o + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        in_o = o < last_o
         b_row = (expert.to(tl.int64) * rank + r) * out_features
         b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
         y_at = y_ptr + n[:, None] * stride_y + o[None, :]

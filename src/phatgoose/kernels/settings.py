@@ -22,8 +22,8 @@ SHARE_INPUT = False
 PROGRAMS = 132
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
-# what `place_pairs` holds in registers: blocks x slots x experts
-_SORT_TILE = 8192
+# what `place_pairs` holds in registers: twice blocks x slots x experts; then tokens x experts
+_SORT_TILE, _PLACE_TILE = 16384, 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,15 @@ class Few:
 
 @dataclass(frozen=True, kw_only=True)
 class Many:
-    """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16."""
+    """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16.
+
+    `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
+    in the L2 cache when the next slot reads it.
+    """
 
     scores: Scores
     choose_block_n: int
+    place_block_n: int
     most_blocks: int
     sort_block_c: int
     shrink_rows: int
@@ -64,7 +69,9 @@ class Many:
     shrink_splits: int
     expand_rows: int
     expand_block_o: int
+    expand_bytes: int = 16 << 20
     choose_warps: int = 8
+    place_warps: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 4
     expand_warps: int = 4
@@ -113,6 +120,7 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Man
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
         # code without loops: a larger tile is more instructions, which each multiprocessor fetches once
         choose_block_n=8,
+        place_block_n=max(8, min(64, _PLACE_TILE // e_pad)),
         most_blocks=128,
         sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
         shrink_rows=shrink_rows,

@@ -65,6 +65,9 @@ def add_many(
     begins = tokens_M.new_empty(num_experts * top_k + 1)
     shrink_ends_E, expand_ends_KE = tokens_M.new_empty(num_experts), tokens_M.new_empty(top_k, num_experts)
     block_c = min(settings.sort_block_c, power_of_two(num_blocks))
+    # a program places the tokens that one of `_choose` counted
+    place_block_n = min(settings.place_block_n, power_of_two(steps) * settings.choose_block_n)
+    place_steps = triton.cdiv(steps * settings.choose_block_n, place_block_n)
     place_pairs[(num_blocks,)](
         choice.expert_ids_NK,
         choice.weights_NK,
@@ -78,16 +81,18 @@ def add_many(
         num_experts,
         counts_CKE.shape[2],
         num_blocks,
-        steps,
+        steps * settings.choose_block_n,
+        place_steps,
         triton.cdiv(num_blocks, block_c),
         E_PAD=e_pad,
         TOP_K=top_k,
         K_PAD=k_pad,
-        BLOCK_N=settings.choose_block_n,
+        BLOCK_N=place_block_n,
         BLOCK_C=block_c,
         SHRINK_ROWS=settings.shrink_rows,
         EXPAND_ROWS=settings.expand_rows,
-        **options(pdl, settings.choose_warps),
+        ONE_STEP=place_steps == 1,
+        **options(pdl, settings.place_warps),
     )
 
     h_SMR = x_NI.new_empty(settings.shrink_splits, num_pairs, rank, dtype=torch.float32)
@@ -113,34 +118,34 @@ def add_many(
         UPCAST=not x_NI.is_cuda,
         **options(pdl, settings.shrink_warps, settings.shrink_stages),
     )
-    grid = (
-        _most_tiles(num_tokens, num_experts, settings.expand_rows),
-        triton.cdiv(out_features, settings.expand_block_o),
-    )
-    for slot in range(top_k):
-        expand_many[grid](
-            y_NO,
-            h_SMR,
-            b_ERO,
-            tokens_M,
-            begins,
-            expand_ends_KE,
-            slot,
-            num_pairs,
-            num_experts,
-            out_features,
-            rank,
-            y_NO.stride(0),
-            SPLITS=settings.shrink_splits,
-            E_PAD=e_pad,
-            TOP_K=top_k,
-            R_PAD=r_pad,
-            ROWS=settings.expand_rows,
-            BLOCK_O=settings.expand_block_o,
-            WRITE=write and slot == 0,
-            UPCAST=not x_NI.is_cuda,
-            **options(pdl, settings.expand_warps),
-        )
+    tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
+    for first_o, last_o in _columns(num_tokens * y_NO.element_size(), out_features, settings):
+        for slot in range(top_k):
+            expand_many[(tiles, triton.cdiv(last_o - first_o, settings.expand_block_o))](
+                y_NO,
+                h_SMR,
+                b_ERO,
+                tokens_M,
+                begins,
+                expand_ends_KE,
+                slot,
+                first_o,
+                last_o,
+                num_pairs,
+                num_experts,
+                out_features,
+                rank,
+                y_NO.stride(0),
+                SPLITS=settings.shrink_splits,
+                E_PAD=e_pad,
+                TOP_K=top_k,
+                R_PAD=r_pad,
+                ROWS=settings.expand_rows,
+                BLOCK_O=settings.expand_block_o,
+                WRITE=write and slot == 0,
+                UPCAST=not x_NI.is_cuda,
+                **options(pdl, settings.expand_warps),
+            )
     return choice
 
 
@@ -189,6 +194,14 @@ def _choose(
     else:
         count_pairs[(num_blocks,)](choice.expert_ids_NK, counts_CKE, num_tokens, padded(num_experts), steps, **sizes)
     return choice, counts_CKE, steps
+
+
+def _columns(bytes_a_column: int, out_features: int, settings: Many) -> list[tuple[int, int]]:
+    """Ranges of columns of about `expand_bytes`, alike but for the last one."""
+    blocks = triton.cdiv(out_features, settings.expand_block_o)
+    ranges = triton.cdiv(bytes_a_column * out_features, settings.expand_bytes)
+    width = triton.cdiv(blocks, min(ranges, blocks)) * settings.expand_block_o
+    return [(first, min(first + width, out_features)) for first in range(0, out_features, width)]
 
 
 def _most_tiles(rows: int, num_experts: int, rows_per_tile: int) -> int:

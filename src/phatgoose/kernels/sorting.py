@@ -4,7 +4,8 @@ A pair's bin is (expert, slot): an expert's pairs lie together, those of slot 0 
 expert's pairs as one group, and `expand_many` the pairs of one slot, in which no token occurs twice.
 
 1. `count_pairs`: each program counts the bins of its block of tokens.
-2. `place_pairs`: each program adds up all counts, so that it knows where its pairs begin in each bin, and writes them.
+2. `place_pairs`: each program adds up all counts, so that it knows where its pairs begin in each bin, and writes them,
+   as many tokens at once as fit (each step waits for all threads a few times).
    The first program also writes where bins begin and how many tiles each expert needs.
 
 Axes: N tokens, E experts, K slots, C blocks of tokens, M = N * K pairs.
@@ -127,7 +128,7 @@ def count_pairs(
     store_counts(counts_ptr, counts_KE, stride_e, TOP_K, K_PAD, E_PAD)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "steps", "c_steps"])
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "tokens_a_block", "steps", "c_steps"])
 def place_pairs(
     ids_ptr,
     weights_ptr,
@@ -141,6 +142,7 @@ def place_pairs(
     num_experts,
     stride_e,
     num_blocks,
+    tokens_a_block,
     steps,
     c_steps,
     E_PAD: tl.constexpr,
@@ -150,6 +152,7 @@ def place_pairs(
     BLOCK_C: tl.constexpr,
     SHRINK_ROWS: tl.constexpr,
     EXPAND_ROWS: tl.constexpr,
+    ONE_STEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """tokens_M and sorted_weights_M, sorted; begins of the bins (E * K + 1), ends of the tiles (E and K * E)."""
@@ -157,8 +160,9 @@ def place_pairs(
     e = tl.arange(0, E_PAD)
     k = tl.arange(0, K_PAD)
     in_ke = (k < TOP_K)[:, None] & (e < num_experts)[None, :]
-    total_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
-    before_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
+    # added up over C when all are read: a sum over C waits for the other threads
+    total_CKE = tl.zeros([BLOCK_C, K_PAD, E_PAD], tl.int32)
+    before_CKE = tl.zeros([BLOCK_C, K_PAD, E_PAD], tl.int32)
     follow(PDL)
     step = 0
     while step < c_steps:
@@ -166,9 +170,11 @@ def place_pairs(
         at_CKE = (c[:, None, None] * TOP_K + k[None, :, None]) * stride_e + e[None, None, :]
         mask_CKE = (c < num_blocks)[:, None, None] & (k < TOP_K)[None, :, None] & (e < stride_e)[None, None, :]
         counts_CKE = tl.load(counts_ptr + at_CKE, mask=mask_CKE, other=0)
-        total_KE += tl.sum(counts_CKE, axis=0)
-        before_KE += tl.sum(tl.where((c < block)[:, None, None], counts_CKE, 0), axis=0)
+        total_CKE += counts_CKE
+        before_CKE += tl.where((c < block)[:, None, None], counts_CKE, 0)
         step += 1
+    total_KE = tl.sum(total_CKE, axis=0)
+    before_KE = tl.sum(before_CKE, axis=0)
     total_E = tl.sum(total_KE, axis=0)
     begin_KE = (tl.cumsum(total_E, axis=0) - total_E)[None, :] + tl.cumsum(total_KE, axis=0) - total_KE
 
@@ -184,16 +190,17 @@ def place_pairs(
     local = tl.arange(0, BLOCK_N)
     step = 0
     while step < steps:
-        n = (block * steps + step) * BLOCK_N + local
-        in_n = n < num_tokens
+        of_block = step * BLOCK_N + local
+        n = block * tokens_a_block + of_block
+        in_n = (of_block < tokens_a_block) & (n < num_tokens)
         for slot in tl.static_range(TOP_K):
-            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=-1).to(tl.int32)
+            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
             weights_N = tl.load(weights_ptr + n * TOP_K + slot, mask=in_n, other=0.0).to(tl.float32)
-            earlier_NN = (ids_N[:, None] == ids_N[None, :]) & (local[None, :] < local[:, None])
+            earlier_NN = (ids_N[:, None] == ids_N[None, :]) & (local[None, :] < local[:, None]) & in_n[None, :]
             next_E = tl.sum(tl.where(k[:, None] == slot, next_KE, 0), axis=0)
-            begin_N = tl.sum(tl.where(ids_N[:, None] == e[None, :], next_E[None, :], 0), axis=1)
-            place_N = begin_N + tl.sum(earlier_NN.to(tl.int32), axis=1)
+            place_N = tl.gather(next_E, ids_N, axis=0) + tl.sum(earlier_NN.to(tl.int32), axis=1)
             tl.store(tokens_ptr + place_N, n, mask=in_n)
             tl.store(sorted_weights_ptr + place_N, weights_N, mask=in_n)
-            next_KE = add_counts(next_KE, ids_N, in_n, slot, K_PAD, E_PAD)
+            if not ONE_STEP:
+                next_KE = add_counts(next_KE, ids_N, in_n, slot, K_PAD, E_PAD)
         step += 1
