@@ -31,7 +31,7 @@ from replays import microseconds
 from torch.nn import functional as F
 
 from phatgoose.kernels import load, settings
-from phatgoose.kernels.launches import Choice, Question, add_few, linear_and_add
+from phatgoose.kernels.launches import Choice, Question, add_few, linears_and_add
 from phatgoose.kernels.prototypes import split
 from phatgoose.kernels.sorted_launches import add_many, linear_after
 
@@ -88,7 +88,9 @@ def with_kernels(layer: Layer, chosen: settings.Few | settings.Many, base_layer:
 
 def beside(layer: Layer, chosen: settings.Few) -> Result:
     """Ours for few tokens, the base layer at the same time as routing and A."""
-    return linear_and_add(layer.x_NI, layer.w_OI, None, layer.a_ERI, layer.b_ERO, layer.question, chosen)
+    bases, factors = [(layer.w_OI, None)], ([layer.a_ERI], [layer.b_ERO])
+    (y_NO,), choice = linears_and_add(layer.x_NI, bases, *factors, [layer.question], chosen)
+    return y_NO, choice.of_layer(0)
 
 
 def before(layer: Layer, chosen: settings.Many) -> Result:

@@ -123,11 +123,12 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
     assert make_linear("auto").backend == "auto"
 
 
-def test_base_layer_inside_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_base_layer_inside_the_operator(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_linear("reference")
-    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", True)
+    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", inside)
     beside = make_linear("triton")
-    assert beside.beside
+    assert beside.beside == inside
     x = torch.randn(2, 3, INPUTS)
     compiled = torch.compile(beside, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

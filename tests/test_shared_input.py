@@ -74,6 +74,43 @@ def test_the_operator_is_sound(dtype: torch.dtype) -> None:
             assert torch.equal(found, expected)
 
 
+def test_the_operator_with_the_base_layers_is_both() -> None:
+    kernels.load("triton")
+    bases = [torch.nn.Linear(INPUTS, width, bias=width > 12).requires_grad_(False) for width in (20, 12)]
+    x_NI = torch.randn(TOKENS, INPUTS)
+    prototypes = [split(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, torch.float32) for _ in bases]
+    rest = (
+        [torch.randn(EXPERTS, RANK, INPUTS) for _ in bases],
+        [torch.randn(EXPERTS, RANK, base.out_features) for base in bases],
+        [p.hi_EI for p in prototypes],
+        [],
+        [p.sums_E for p in prototypes],
+        [torch.randn(1, EXPERTS) for _ in bases],
+        *(2, 1e-5, 1.0),
+    )
+    layers = [base.weight for base in bases], [base.bias for base in bases]
+    torch.library.opcheck(torch.ops.phatgoose.routed_linears.default, (x_NI, *layers, *rest))
+    found, *choice = torch.ops.phatgoose.routed_linears(x_NI, *layers, *rest)
+    expected = [base(x_NI) for base in bases]
+    expected_choice = torch.ops.phatgoose.route_and_add_shared_(expected, x_NI, *rest)
+    for once, again in zip((*found, *choice), (*expected, *expected_choice), strict=True):
+        assert torch.equal(once, again)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_models_agree_however_the_base_layers_run(
+    beside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", beside)
+    shared, alone = models(llama, tmp_path)
+    assert all(linear.beside == beside for linear in shared.routed_linears().values())
+    counted = calls(monkeypatch)
+    ids = token_ids(2, 7)
+    with torch.no_grad():
+        assert_close(shared(ids).logits, alone(ids).logits)
+    assert counted == [3, 2] * 2
+
+
 def test_which_layers_share(tmp_path: Path) -> None:
     found = groups(models(llama, tmp_path / "llama")[0])
     assert found == {

@@ -75,20 +75,18 @@ class SharedInput:
         plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
         if not few or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
             return None
-        outputs = [linear.base(x).contiguous() for linear in self.linears]
         asked = [linear.question(len(x_NI)) for linear in self.linears]
         downs, ups, his, los, sums, biases, *rule = zip(*asked, strict=True)
-        weights_GNK, expert_ids_GNK = torch.ops.phatgoose.route_and_add_shared_(
-            [y.view(-1, y.shape[-1]) for y in outputs],
-            x_NI,
-            downs,
-            ups,
-            his,
-            [lo_EI for lo_EI in los if lo_EI is not None],
-            sums,
-            biases,
-            *(values[0] for values in rule),
-        )
+        half = [lo_EI for lo_EI in los if lo_EI is not None]
+        question = (downs, ups, his, half, sums, biases, *(values[0] for values in rule))
+        if all(linear.beside for linear in self.linears):
+            bases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
+            flat, weights_GNK, expert_ids_GNK = torch.ops.phatgoose.routed_linears(x_NI, *bases, *question)
+            outputs = [y_NO.view(*x.shape[:-1], -1) for y_NO in flat]
+        else:
+            outputs = [linear.base(x).contiguous() for linear in self.linears]
+            flat = [y.view(-1, y.shape[-1]) for y in outputs]
+            weights_GNK, expert_ids_GNK = torch.ops.phatgoose.route_and_add_shared_(flat, x_NI, *question)
         routings = [Routing(weights_GNK[g], expert_ids_GNK[g]) for g in range(len(outputs))]
         return Held(x, _version(x), tuple(zip(outputs, routings, strict=True)))
 

@@ -73,16 +73,19 @@ def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing:
         raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
 
 
-def check_shared(outputs: list[torch.Tensor], downs: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
-    """What kernels for layers of one x would not notice."""
-    if not 1 <= len(outputs) <= MOST_LAYERS or len({y_NO.dtype for y_NO in outputs}) > 1:
-        raise TypeError(f"up to {MOST_LAYERS} outputs of one dtype, got {[y_NO.dtype for y_NO in outputs]}")
+def check_shared(bases: list[torch.Tensor], downs: list[torch.Tensor], biases: list[torch.Tensor]) -> None:
+    """What kernels for layers of one x would not notice; `bases` are their outputs or the base layers' weights."""
+    if not 1 <= len(bases) <= MOST_LAYERS or len({base.dtype for base in bases}) > 1:
+        raise TypeError(f"up to {MOST_LAYERS} layers of one dtype, got {[base.dtype for base in bases]}")
     for tensors in (downs, biases):
         if len({t.shape for t in tensors}) > 1:
             raise ValueError(f"layers of one x differ: {[tuple(t.shape) for t in tensors]}")
-    for y_NO in outputs:
-        if y_NO.stride(1) != 1:
-            raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
+
+
+def check_rows(y_NO: torch.Tensor) -> None:
+    """Kernels write rows without gaps."""
+    if y_NO.stride(1) != 1:
+        raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
 
 
 def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> Any:
@@ -91,8 +94,7 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
     from phatgoose.kernels import launches, settings, sorted_launches
 
     check(x_NI, a_ERI, b_ERO, routing)
-    if y_NO.stride(1) != 1:
-        raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
+    check_rows(y_NO)
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
     a_ERI, b_ERO = a_ERI.contiguous(), b_ERO.contiguous()
     (num_tokens, in_features), num_experts = x_NI.shape, a_ERI.shape[0]

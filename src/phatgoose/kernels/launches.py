@@ -239,31 +239,34 @@ def add_few_shared(
     return choice
 
 
-def linear_and_add(
+def linears_and_add(
     x_NI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    bias_O: torch.Tensor | None,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    question: Question,
+    bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    questions: Sequence[Question],
     settings: Few,
-) -> tuple[torch.Tensor, Choice]:
-    """(the layer's output, the choice), for few tokens.
+) -> tuple[list[torch.Tensor], Choice]:
+    """(the outputs of up to three layers of one x, the choices with an axis G in front), for few tokens.
 
-    Routing and A run at the same time as the base layer, on another stream (in a captured graph: another branch).
+    Routing and A run at the same time as the base layers, on another stream (in a captured graph: another branch).
     All memory is this stream's: the other one waits for it first, and it for the other one before anything that the
     other one uses is freed. So the scores are held here.
+
+    Args:
+        bases: weight_OI and bias_O of each layer.
+        downs, ups, questions: see `add_few_shared`.
     """
     main = torch.cuda.current_stream(x_NI.device)
     stream = torch.cuda.Stream(x_NI.device)
     stream.wait_stream(main)
-    scored = score(x_NI, [question], settings.scores, settings.pdl, stream)
-    h_GSNKR, choice = shrink(x_NI, [a_ERI], [question], settings, scored, stream)
-    y_NO = torch.nn.functional.linear(x_NI, weight_OI, bias_O)
+    scored = score(x_NI, questions, settings.scores, settings.pdl, stream)
+    h_GSNKR, choice = shrink(x_NI, downs, questions, settings, scored, stream)
+    outputs = [torch.nn.functional.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in bases]
     main.wait_stream(stream)
     del scored
-    expand([y_NO], h_GSNKR, [b_ERO], choice.expert_ids_NK, settings)
-    return y_NO, choice.of_layer(0)
+    expand(outputs, h_GSNKR, ups, choice.expert_ids_NK, settings)
+    return outputs, choice
 
 
 def empty_choice(x_NI: torch.Tensor, layers: int, top_k: int) -> Choice:

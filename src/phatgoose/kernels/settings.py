@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
-# whether few tokens' routing and A run beside the base layer, on another stream; measure before switching it on
-BASE_BESIDE = False
+# whether few tokens' routing and A run beside the base layer, on another stream: whole models are 3 to 15 % faster
+# (docs/performance.md); and for how many experts, if tokens are more than four: with 1,000 both wait for memory
+BASE_BESIDE = True
+MOST_EXPERTS_BESIDE = 256
 # whether layers of one input (q, k and v; gate and up) share launches for few tokens; measure before switching it on
 SHARE_INPUT = False
 # programs that fill a GPU: the multiprocessors of an H100, H200
@@ -81,6 +83,11 @@ class Many:
 def takes_few(num_tokens: int, top_k: int) -> bool:
     """Whether the kernels for few tokens are the faster ones."""
     return num_tokens * top_k <= MOST_PAIRS_UNSORTED
+
+
+def takes_beside(num_tokens: int, top_k: int, num_experts: int) -> bool:
+    """Whether routing and A should run beside the base layer."""
+    return takes_few(num_tokens, top_k) and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
 
 
 def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) -> Few:
