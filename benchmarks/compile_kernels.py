@@ -123,13 +123,14 @@ def layer_launches(
     layers: int = 1,
     after: bool = False,
 ) -> list[Launch]:
-    """What a routed bf16 layer launches, or several with one x (few tokens): rank 16, top-2.
+    """What a routed bf16 layer launches, or several with one x: rank 16, top-2.
 
     Settings are the shape's own unless `chosen`. `after`: the base layer comes last (many tokens).
     """
-    if chosen is None:
-        few = layers > 1 or settings.takes_few(tokens, TOP_K)
-        chosen = settings.few(tokens, experts, inputs, layers) if few else settings.many(tokens, TOP_K, experts, inputs)
+    if chosen is None and settings.takes_few(tokens, TOP_K):
+        chosen = settings.few(tokens, experts, inputs, layers)
+    elif chosen is None:
+        chosen = settings.many(tokens, TOP_K, experts, inputs, layers)
     chosen = dataclasses.replace(chosen, pdl=pdl or chosen.pdl)
     with FakeTensorMode(), recorded() as found:
         new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -139,9 +140,12 @@ def layer_launches(
         bias_NE = torch.empty(1, experts, device="cuda") if bias else None
         sums_E = torch.empty(experts, device="cuda")
         question = launches.Question(hi_EI, torch.empty_like(hi_EI), sums_E, bias_NE, TOP_K, 1e-5, 1.0)
-        if isinstance(chosen, settings.Few) and layers > 1:
-            ys, downs, ups = [y_NO] * layers, [a_ERI] * layers, [b_ERO] * layers
-            launches.add_few_shared(ys, x_NI, downs, ups, [question] * layers, chosen)
+        if layers > 1:
+            ys, factors = [y_NO] * layers, ([a_ERI] * layers, [b_ERO] * layers)
+            if isinstance(chosen, settings.Few):
+                launches.add_few_shared(ys, x_NI, *factors, [question] * layers, chosen)
+            else:
+                sorted_launches.add_many_shared(ys, x_NI, *factors, [question] * layers, chosen)
         elif isinstance(chosen, settings.Few):
             launches.add_few(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
         elif after:

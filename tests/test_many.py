@@ -58,12 +58,17 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_adapters(found: Path, expected: Path, absolute: float = 1e-5) -> None:
-    """AdamW divides by a gradient's size, so that rounding shows where it is smallest: a hundredth of a step's 1e-3."""
+    """One number in a thousand may be off by a tenth of a step.
+
+    A step moves a number by 1e-3. AdamW divides by a gradient's size, so that rounding shows where it is smallest; how
+    much differs between processors.
+    """
     assert (found / "adapter_config.json").read_text() == (expected / "adapter_config.json").read_text()
     many, alone = weights(found), weights(expected)
     assert many.keys() == alone.keys()
-    for name, t in alone.items():
-        torch.testing.assert_close(many[name], t, rtol=0, atol=absolute)
+    off = torch.cat([(many[name] - t).abs().flatten() for name, t in alone.items()])
+    assert off.max() <= max(absolute, 1e-4)
+    assert (off > absolute).float().mean() <= 1e-3, off.sort(descending=True).values[:10]
 
 
 def assert_same_gates(found: Path, expected: Path) -> None:

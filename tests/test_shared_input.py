@@ -161,13 +161,18 @@ def test_generates_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert counted == [3, 2] * 2 * 7
 
 
-def test_others_take_the_plain_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Many tokens, and whatever has a gradient."""
+def test_many_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shared, alone = models(llama, tmp_path)
     counted = calls(monkeypatch)
     many = token_ids(5, 20)
     with torch.no_grad():
         assert torch.equal(shared(input_ids=many).logits, alone(input_ids=many).logits)
+    assert counted == [3, 2] * 2
+
+
+def test_gradients_take_the_plain_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    shared, alone = models(llama, tmp_path)
+    counted = calls(monkeypatch)
     embeddings = torch.randn(1, 4, 32, requires_grad=True)
     gradients = [torch.autograd.grad(m(inputs_embeds=embeddings).logits.sum(), embeddings)[0] for m in (shared, alone)]
     assert_close(*gradients)

@@ -26,7 +26,7 @@ from test_kernels import Shape
 from phatgoose.kernels import settings
 from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, linear_after
+from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linear_after
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -246,23 +246,29 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("tokens", [1, 21])
+@pytest.mark.parametrize(("kernel", "tokens"), [("few", 1), ("few", 21), ("many", 21)])
 @pytest.mark.parametrize("outputs", [(80, 24, 150), (300, 40)], ids=["qkv", "pair"])
-def test_layers_that_share_launches(outputs: tuple[int, ...], tokens: int, dtype: torch.dtype) -> None:
+def test_layers_that_share_launches(outputs: tuple[int, ...], kernel: str, tokens: int, dtype: torch.dtype) -> None:
     """What each gets alone, with a bias of its own; beside y nothing is written."""
     layers = [make_layer(MIDDLE._replace(tokens=tokens, inputs=600, outputs=o), dtype) for o in outputs]
     x_NI = layers[0].x_NI
     layers = [layer._replace(x_NI=x_NI) for layer in layers]
     biases = [torch.randn(1, MIDDLE.experts, device=DEVICE) for _ in layers]
     questions = [ask(layer, 2, bias_NE) for layer, bias_NE in zip(layers, biases, strict=True)]
-    few = settings.few(tokens, MIDDLE.experts, 600, layers=len(layers))
+    together: Any = {"few": add_few_shared, "many": add_many_shared}[kernel]
+    by_itself: Any = {"few": add_few, "many": add_many}[kernel]
+    few, many = (
+        settings.few(tokens, MIDDLE.experts, 600, len(layers)),
+        settings.many(tokens, 2, MIDDLE.experts, 600, len(layers)),
+    )
+    chosen = {"few": few, "many": many}[kernel]
     wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
     ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]
     downs, ups = [layer.a_ERI for layer in layers], [layer.b_ERO for layer in layers]
-    choices = add_few_shared(ys, x_NI, downs, ups, questions, few)
+    choices = together(ys, x_NI, downs, ups, questions, chosen)
     for g, (layer, question) in enumerate(zip(layers, questions, strict=True)):
         y_NO = torch.full_like(ys[g], 0.25)
-        alone = add_few(y_NO, x_NI, layer.a_ERI, layer.b_ERO, question, few)
+        alone = by_itself(y_NO, x_NI, layer.a_ERI, layer.b_ERO, question, chosen)
         assert all(torch.equal(one, other) for one, other in zip(choices.of_layer(g), alone, strict=True))
         # another y is read in other pieces, and so another order of the sum over R
         torch.testing.assert_close(ys[g], y_NO, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)

@@ -33,7 +33,9 @@ def test_compiles_for_hopper() -> None:
         "-c",
         PROGRAM,
         str(BENCHMARKS),
-        json.dumps([(1, 166, True, 1), (32, 166, False, 1), (2, 166, False, 3), (4096, 166, False, 1)]),
+        json.dumps(
+            [(1, 166, True, 1), (32, 166, False, 1), (2, 166, False, 3), (4096, 166, False, 1), (4096, 166, False, 3)]
+        ),
     ]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
     found = [json.loads(line) for line in lines]
@@ -41,6 +43,8 @@ def test_compiles_for_hopper() -> None:
         *((tokens, name) for tokens in (1, 32, 2) for name in ("partial_scores", "shrink_few", "expand_few")),
         *((4096, name) for name in ("partial_scores", "choose_many", "place_pairs", "shrink_many")),
         *((4096, "expand_many"),) * 4,  # two slots for each of two ranges of columns
+        *((4096, name) for name in ("partial_scores", "choose_many", "place_pairs", "shrink_many")),
+        *((4096, "expand_many"),) * 12,
     ]
     for tokens, name, usage, ptx, ttgir in found:
         assert usage["STACK"] == usage["LOCAL"] == 0, name

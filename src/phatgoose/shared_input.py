@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from phatgoose.kernels import settings
 from phatgoose.routers import Routing
 from phatgoose.trace import ScoresRecord
 
@@ -71,9 +70,8 @@ class SharedInput:
     def _compute(self, x: torch.Tensor) -> Held | None:
         first = self.linears[0]
         x_NI = x.reshape(-1, x.shape[-1])
-        few = len(x_NI) > 0 and settings.takes_few(len(x_NI), first.router.top_k)
         plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
-        if not few or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
+        if len(x_NI) == 0 or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
             return None
         asked = [linear.question(len(x_NI)) for linear in self.linears]
         downs, ups, his, los, sums, biases, *rule = zip(*asked, strict=True)

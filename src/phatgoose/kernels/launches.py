@@ -119,8 +119,7 @@ def shrink(
         questions: Sequence[Question] = routings  # type: ignore[assignment]
         dots_GSNE, stats_SN2 = scored or score(x_NI, questions, settings.scores, pdl, stream)
         choice = empty_choice(x_NI, len(questions), first.top_k)
-        biases = [question.sums_E if question.bias_NE is None else question.bias_NE for question in questions]
-        read = (dots_GSNE, stats_SN2, *three([question.sums_E for question in questions]), *three(biases))
+        read = (dots_GSNE, stats_SN2, *per_layer(questions))
         splits, eps, temperature, has_bias = (
             settings.scores.splits,
             first.eps,
@@ -277,9 +276,10 @@ def empty_choice(x_NI: torch.Tensor, layers: int, top_k: int) -> Choice:
     )
 
 
-def inputs_of_choice(dots_GSNE: torch.Tensor, stats_SN2: torch.Tensor, question: Question) -> tuple[torch.Tensor, ...]:
-    """What `scoring.choose` reads."""
-    return dots_GSNE, stats_SN2, question.sums_E, question.sums_E if question.bias_NE is None else question.bias_NE
+def per_layer(questions: Sequence[Question]) -> tuple[torch.Tensor, ...]:
+    """What `scoring.choose` reads of three layers: sums, then biases (if there is none, the sums, unread)."""
+    biases = [question.sums_E if question.bias_NE is None else question.bias_NE for question in questions]
+    return *three([question.sums_E for question in questions]), *three(biases)
 
 
 def three(arguments: Sequence[T]) -> tuple[T, T, T]:

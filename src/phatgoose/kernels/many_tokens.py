@@ -7,7 +7,8 @@ whatever K is. In one pass for all columns, y would go through memory K times.
 
 Grids come from shapes alone: as many tiles as the worst routing needs. Programs beyond the last tile end at once.
 
-Axes: N tokens, E experts, K slots, M = N * K sorted pairs, I in-features, O out-features, R rank, S splits of I.
+Axes: G layers of one x, N tokens, E experts, K slots, M = N * K sorted pairs, I in-features, O out-features, R rank,
+S splits of I.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import follow, product
+from phatgoose.kernels.scoring import follow, of_layer, product
 
 
 @triton.jit
@@ -30,7 +31,9 @@ def find_tile(ends_ptr, tile, num_experts, E_PAD: tl.constexpr):
 @triton.jit(do_not_specialize=["num_pairs"])
 def shrink_many(
     x_ptr,
-    a_ptr,
+    a0_ptr,
+    a1_ptr,
+    a2_ptr,
     tokens_ptr,
     sorted_weights_ptr,
     begins_ptr,
@@ -41,6 +44,7 @@ def shrink_many(
     in_features,
     rank,
     stride_x,
+    LAYERS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     R_PAD: tl.constexpr,
@@ -50,8 +54,15 @@ def shrink_many(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h_SMR: weight * (A x) of sorted pairs."""
+    """h_GSMR: weight * (A x) of sorted pairs."""
     split = tl.program_id(1)
+    g = tl.program_id(2).to(tl.int64)
+    a_ptr = of_layer(g, a0_ptr, a1_ptr, a2_ptr, LAYERS)
+    tokens_ptr += g * num_pairs
+    sorted_weights_ptr += g * num_pairs
+    begins_ptr += g * (num_experts * TOP_K // 16 + 1) * 16
+    ends_ptr += g * num_experts
+    h_ptr += g * tl.num_programs(1) * num_pairs * rank
     follow(PDL)
     expert, tile = find_tile(ends_ptr, tl.program_id(0), num_experts, E_PAD)
     if expert < num_experts:

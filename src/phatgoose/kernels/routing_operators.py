@@ -75,7 +75,7 @@ def route_and_add_shared_(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route_and_add_` for two or three layers of one x; on CUDA and for few tokens in the launches of one.
+    """`route_and_add_` for two or three layers of one x; on CUDA in the launches of one, but for many tokens' B.
 
     Args:
         outputs: y_NO of each layer, all of one dtype.
@@ -193,11 +193,11 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    from phatgoose.kernels import launches, settings
+    from phatgoose.kernels import launches, settings, sorted_launches
 
     num_tokens, in_features = x_NI.shape
     layers = _layers(downs, ups, his, los, sums, biases)
-    if num_tokens == 0 or top_k > MOST_TOP_K or not settings.takes_few(num_tokens, top_k):
+    if num_tokens == 0 or top_k > MOST_TOP_K:
         found = [
             route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
             for y_NO, layer in zip(outputs, layers, strict=True)
@@ -213,11 +213,16 @@ def _(
     check_shared(outputs, downs, biases)
     for y_NO in outputs:
         check_rows(y_NO)
-    few = settings.few(num_tokens, downs[0].shape[0], in_features, len(layers))
+    num_experts = downs[0].shape[0]
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
     downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
     with torch.cuda.device(x_NI.device):
-        choice = launches.add_few_shared(outputs, x_NI, downs, ups, questions, few)
+        if settings.takes_few(num_tokens, top_k):
+            few = settings.few(num_tokens, num_experts, in_features, len(layers))
+            choice = launches.add_few_shared(outputs, x_NI, downs, ups, questions, few)
+        else:
+            many = settings.many(num_tokens, top_k, num_experts, in_features, len(layers))
+            choice = sorted_launches.add_many_shared(outputs, x_NI, downs, ups, questions, many)
     return choice.weights_NK, choice.expert_ids_NK
 
 

@@ -113,10 +113,10 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
     )
 
 
-def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Many:
-    """For a shape."""
+def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1) -> Many:
+    """For a shape, and a number of layers that share launches."""
     # and the programs of the sums
-    programs = -(-num_tokens // 128) * (-(-num_experts // 64) + 1)
+    programs = -(-num_tokens // 128) * (layers * -(-num_experts // 64) + 1)
     e_pad, k_pad = power_of_two(num_experts), power_of_two(top_k)
     shrink_rows = _rows(num_tokens * top_k / num_experts)
     expand_rows = _rows(num_tokens / num_experts)
@@ -132,7 +132,7 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int) -> Man
         sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
         shrink_rows=shrink_rows,
         shrink_block_i=128,
-        shrink_splits=_splits(tiles // 2, in_features, 128, most=4),
+        shrink_splits=_splits(layers * tiles // 2, in_features, 128, most=4),
         expand_rows=expand_rows,
         expand_block_o=128 if expand_rows == 64 else 256,
     )

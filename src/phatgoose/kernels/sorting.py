@@ -8,7 +8,9 @@ expert's pairs as one group, and `expand_many` the pairs of one slot, in which n
    as many tokens at once as fit (each step waits for all threads a few times).
    The first program also writes where bins begin and how many tiles each expert needs.
 
-Axes: N tokens, E experts, K slots, C blocks of tokens, M = N * K pairs.
+Layers of one x share launches: axis 1 of the grid, up to three G.
+
+Axes: G layers of one x, N tokens, E experts, K slots, C blocks of tokens, M = N * K pairs.
 (`while`, because Triton's interpreter does not take a run-time bound in `range` under new numpys.)
 """
 
@@ -17,7 +19,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, follow
+from phatgoose.kernels.scoring import choose, follow, of_layer
 
 
 @triton.jit
@@ -31,10 +33,11 @@ def add_counts(counts_KE, ids_N, in_n, slot: tl.constexpr, K_PAD: tl.constexpr, 
 
 @triton.jit
 def store_counts(counts_ptr, counts_KE, stride_e, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr):
-    """One row of counts_CKE, whose rows are padded to stride_e as those of the scores are."""
+    """One row of counts_GCKE, whose rows are padded to stride_e as those of the scores are."""
     e = tl.arange(0, E_PAD)
     k = tl.arange(0, K_PAD)
-    at_KE = (tl.program_id(0) * TOP_K + k[:, None]) * stride_e + e[None, :]
+    c = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    at_KE = (c * TOP_K + k[:, None]) * stride_e + e[None, :]
     tl.store(counts_ptr + at_KE, counts_KE, mask=(k < TOP_K)[:, None] & (e < stride_e)[None, :])
 
 
@@ -42,8 +45,12 @@ def store_counts(counts_ptr, counts_KE, stride_e, TOP_K: tl.constexpr, K_PAD: tl
 def choose_many(
     dots_ptr,
     stats_ptr,
-    sums_ptr,
-    bias_ptr,
+    sums0_ptr,
+    sums1_ptr,
+    sums2_ptr,
+    bias0_ptr,
+    bias1_ptr,
+    bias2_ptr,
     weights_ptr,
     ids_ptr,
     counts_ptr,
@@ -55,6 +62,7 @@ def choose_many(
     eps,
     temperature,
     steps,
+    LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -63,7 +71,10 @@ def choose_many(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """weights_NK and expert_ids_NK from partial scores, and counts_CKE of them."""
+    """weights_GNK and expert_ids_GNK from partial scores, and counts_GCKE of them."""
+    g = tl.program_id(1).to(tl.int64)
+    sums_ptr = of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS)
+    bias_ptr = of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS)
     k = tl.arange(0, K_PAD)
     counts_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
     follow(PDL)
@@ -72,7 +83,7 @@ def choose_many(
         n = ((tl.program_id(0) * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
         in_n = n < num_tokens
         weights_NK, ids_NK = choose(
-            dots_ptr,
+            dots_ptr + g * SPLITS * num_tokens * stride_e,
             stats_ptr,
             sums_ptr,
             bias_ptr,
@@ -90,7 +101,7 @@ def choose_many(
             K_PAD,
             HAS_BIAS,
         )
-        at_NK = n[:, None] * TOP_K + k[None, :]
+        at_NK = (g * num_tokens + n)[:, None] * TOP_K + k[None, :]
         mask_NK = in_n[:, None] & (k < TOP_K)[None, :]
         tl.store(weights_ptr + at_NK, weights_NK, mask=mask_NK)
         tl.store(ids_ptr + at_NK, ids_NK.to(tl.int64), mask=mask_NK)
@@ -155,8 +166,21 @@ def place_pairs(
     ONE_STEP: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """tokens_M and sorted_weights_M, sorted; begins of the bins (E * K + 1), ends of the tiles (E and K * E)."""
+    """tokens_GM and sorted_weights_GM, sorted; begins of the bins (E * K + 1), ends of the tiles (E and K * E).
+
+    A layer's row of begins has a multiple of 16 numbers.
+    """
     block = tl.program_id(0)
+    g = tl.program_id(1).to(tl.int64)
+    num_pairs = num_tokens * TOP_K
+    ids_ptr += g * num_pairs
+    weights_ptr += g * num_pairs
+    tokens_ptr += g * num_pairs
+    sorted_weights_ptr += g * num_pairs
+    counts_ptr += g * num_blocks * TOP_K * stride_e
+    begins_ptr += g * (num_experts * TOP_K // 16 + 1) * 16
+    shrink_ends_ptr += g * num_experts
+    expand_ends_ptr += g * num_experts * TOP_K
     e = tl.arange(0, E_PAD)
     k = tl.arange(0, K_PAD)
     in_ke = (k < TOP_K)[:, None] & (e < num_experts)[None, :]
@@ -180,7 +204,7 @@ def place_pairs(
 
     if block == 0:
         tl.store(begins_ptr + e[None, :] * TOP_K + k[:, None], begin_KE, mask=in_ke)
-        tl.store(begins_ptr + num_experts * TOP_K, num_tokens * TOP_K)
+        tl.store(begins_ptr + num_experts * TOP_K, num_pairs)
         shrink_E = tl.cumsum((total_E + SHRINK_ROWS - 1) // SHRINK_ROWS, axis=0)
         tl.store(shrink_ends_ptr + e, shrink_E, mask=e < num_experts)
         expand_KE = tl.cumsum((total_KE + EXPAND_ROWS - 1) // EXPAND_ROWS, axis=1)
