@@ -150,7 +150,7 @@ def layer_launches(
             launches.add_few(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
         elif after:
             weight_OI = torch.empty(outputs, inputs, **new)
-            sorted_launches.linear_after(x_NI, weight_OI, a_ERI, b_ERO, question, chosen)
+            sorted_launches.linears_after(x_NI, [weight_OI], [a_ERI], [b_ERO], [question], chosen)
         else:
             sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
     return found

@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from phatgoose.kernels import load, settings
 from phatgoose.kernels.launches import Choice, Question, add_few, linears_and_add
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, linear_after
+from phatgoose.kernels.sorted_launches import add_many, linears_after
 
 RANK, TOP_K, EPS = 16, 2, 1e-5
 # a run replaces the rows of the shapes that it measures
@@ -95,7 +95,9 @@ def beside(layer: Layer, chosen: settings.Few) -> Result:
 
 def before(layer: Layer, chosen: settings.Many) -> Result:
     """Ours for many tokens, the base layer last."""
-    return linear_after(layer.x_NI, layer.w_OI, layer.a_ERI, layer.b_ERO, layer.question, chosen)
+    factors = [layer.a_ERI], [layer.b_ERO]
+    (y_NO,), choice = linears_after(layer.x_NI, [layer.w_OI], *factors, [layer.question], chosen)
+    return y_NO, choice.of_layer(0)
 
 
 def with_torch(layer: Layer, backend: str) -> Result:

@@ -22,7 +22,9 @@ EXPERTS, RANK, INPUTS, OUTPUTS = 33, 16, 256, 320
 TOKENS = [1, 40, 300]  # few, few with matrix units, many
 
 
-def make_linear(backend: kernels.Backend = "auto", dtype: torch.dtype = torch.bfloat16) -> RoutedLinear:
+def make_linear(
+    backend: kernels.Backend = "auto", dtype: torch.dtype = torch.bfloat16, *, bias: bool = True
+) -> RoutedLinear:
     torch.manual_seed(0)
     stack = SiteStack(
         a_ERI=(torch.randn(EXPERTS, RANK, INPUTS) / 16).to(dtype),
@@ -30,7 +32,7 @@ def make_linear(backend: kernels.Backend = "auto", dtype: torch.dtype = torch.bf
         gates_EI=torch.randn(EXPERTS, INPUTS),
         present_E=torch.arange(EXPERTS) % 7 != 3,
     )
-    base = torch.nn.Linear(INPUTS, OUTPUTS).to("cuda", dtype).requires_grad_(False)
+    base = torch.nn.Linear(INPUTS, OUTPUTS, bias=bias).to("cuda", dtype).requires_grad_(False)
     return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend).cuda()
 
 
@@ -122,6 +124,16 @@ def test_beside_the_base_is_the_same(tokens: int) -> None:
             expected = base(x)
             torch.ops.phatgoose.route_and_add_(expected, x, *factors)
             assert torch.equal(y, expected)
+
+
+def test_the_base_after_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many tokens; the updates are rounded once more."""
+    linear = make_linear(bias=False)
+    x = torch.randn(300, INPUTS, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        expected = linear(x)
+        monkeypatch.setattr("phatgoose.kernels.settings.BASE_AFTER", True)
+        assert close(linear(x), expected)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)

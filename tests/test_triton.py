@@ -26,7 +26,7 @@ from test_kernels import Shape
 from phatgoose.kernels import settings
 from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linear_after
+from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linears_after
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -283,10 +283,11 @@ def test_the_base_layer_after_the_updates(dtype: torch.dtype) -> None:
     layer = make_layer(MIDDLE, dtype)
     weight_OI = (torch.randn(MIDDLE.outputs, MIDDLE.inputs, device=DEVICE) / MIDDLE.inputs**0.5).to(dtype)
     many = settings.many(MIDDLE.tokens, 2, MIDDLE.experts, MIDDLE.inputs)
-    y_NO, choice = linear_after(layer.x_NI, weight_OI, layer.a_ERI, layer.b_ERO, ask(layer, 2), many)
+    factors = [layer.a_ERI], [layer.b_ERO]
+    (y_NO,), choice = linears_after(layer.x_NI, [weight_OI], *factors, [ask(layer, 2)], many)
     alone_NO = torch.nn.functional.linear(layer.x_NI, weight_OI)
     expected = add_many(alone_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, ask(layer, 2), many)
-    assert all(torch.equal(one, other) for one, other in zip(choice, expected, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(choice.of_layer(0), expected, strict=True))
     scale = float(alone_NO.float().abs().max())
     assert float((y_NO.float() - alone_NO.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * scale
 

@@ -8,6 +8,7 @@ Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R ra
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -108,3 +109,47 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
             return launches.add_few(y_NO, x_NI, a_ERI, b_ERO, routing, few)
         many = settings.many(num_tokens, top_k, num_experts, in_features)
         return sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, routing, many)
+
+
+def with_bases(x_NI: torch.Tensor, offsets: Sequence[torch.Tensor | None], a_ERI: torch.Tensor, top_k: int) -> bool:
+    """Whether the base layers are launched with the rest, beside it or after it."""
+    from phatgoose.kernels import settings
+
+    if len(x_NI) == 0 or top_k > MOST_TOP_K:
+        return False
+    if settings.takes_few(len(x_NI), top_k):
+        return settings.takes_beside(len(x_NI), top_k, len(a_ERI))
+    return settings.BASE_AFTER and all(bias_O is None for bias_O in offsets)
+
+
+def launch_with_bases(
+    x_NI: torch.Tensor,
+    bases: list[tuple[torch.Tensor, torch.Tensor | None]],
+    downs: list[torch.Tensor],
+    ups: list[torch.Tensor],
+    questions: list[Any],
+) -> tuple[list[torch.Tensor], Any]:
+    """Check what kernels would not notice, then launch layers of one x with their base layers (`with_bases`).
+
+    Args:
+        bases: weight_OI and bias_O of each.
+        downs, ups, questions: see `launches.add_few_shared`.
+
+    Returns:
+        (y_NO of each, the choices with an axis G in front).
+    """
+    from phatgoose.kernels import launches, settings, sorted_launches
+
+    x_NI = x_NI.contiguous()
+    for a_ERI, b_ERO, question in zip(downs, ups, questions, strict=True):
+        check(x_NI, a_ERI, b_ERO, question)
+    num_tokens, in_features = x_NI.shape
+    num_experts, top_k, layers = len(downs[0]), questions[0].top_k, len(downs)
+    downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
+    with torch.cuda.device(x_NI.device):
+        if settings.takes_few(num_tokens, top_k):
+            few = settings.few(num_tokens, num_experts, in_features, layers)
+            return launches.linears_and_add(x_NI, bases, downs, ups, questions, few)
+        many = settings.many(num_tokens, top_k, num_experts, in_features, layers)
+        weights = [weight_OI for weight_OI, _ in bases]
+        return sorted_launches.linears_after(x_NI, weights, downs, ups, questions, many)

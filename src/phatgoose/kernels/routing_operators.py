@@ -5,23 +5,17 @@ Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R ra
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch.nn import functional as F
 
 from phatgoose.kernels.dispatch import (
     MOST_TOP_K,
-    check,
-    check_rows,
-    check_shared,
     launch,
+    launch_with_bases,
     mix_with_torch,
     route_with_torch,
+    with_bases,
 )
-
-if TYPE_CHECKING:
-    from phatgoose.kernels.launches import Choice, Question
 
 
 @torch.library.custom_op("phatgoose::route_and_add_", mutates_args={"y_NO"})
@@ -61,39 +55,6 @@ def route_and_add_(
     return weights_NK, expert_ids_NK
 
 
-@torch.library.custom_op("phatgoose::route_and_add_shared_", mutates_args={"outputs"})
-def route_and_add_shared_(
-    outputs: list[torch.Tensor],
-    x_NI: torch.Tensor,
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`route_and_add_` for two or three layers of one x; on CUDA in the launches of one, but for many tokens' B.
-
-    Args:
-        outputs: y_NO of each layer, all of one dtype.
-        downs, ups: a_ERI, all of one shape, and b_ERO of each.
-        his, los, sums: hi_EI, lo_EI (none in fp32) and sums_E of each.
-        biases: bias_NE of each, all of one shape.
-
-    Returns:
-        (weights_GNK in fp32, expert_ids_GNK in int64).
-    """
-    found = [
-        route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
-        for y_NO, layer in zip(outputs, _layers(downs, ups, his, los, sums, biases), strict=True)
-    ]
-    weights, expert_ids = zip(*found, strict=True)
-    return torch.stack(weights), torch.stack(expert_ids)
-
-
 @torch.library.custom_op("phatgoose::routed_linear", mutates_args=())
 def routed_linear(
     x_NI: torch.Tensor,
@@ -124,35 +85,6 @@ def routed_linear(
     return y_NO, weights_NK, expert_ids_NK
 
 
-@torch.library.custom_op("phatgoose::routed_linears", mutates_args=())
-def routed_linears(
-    x_NI: torch.Tensor,
-    weights: list[torch.Tensor],
-    offsets: list[torch.Tensor | None],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Two or three linear layers of one x and `route_and_add_shared_`; on CUDA and for few tokens at the same time.
-
-    Args:
-        weights, offsets: weight_OI and bias_O of each base layer, all of one dtype.
-
-    Returns:
-        (y_NO of each, weights_GNK in fp32, expert_ids_GNK in int64).
-    """
-    outputs = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, offsets, strict=True)]
-    rule = (top_k, eps, temperature)
-    choice = route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
-    return outputs, *choice
-
-
 @route_and_add_.register_kernel("cuda")
 def _(
     y_NO: torch.Tensor,
@@ -179,53 +111,6 @@ def _(
     return choice.weights_NK, choice.expert_ids_NK
 
 
-@route_and_add_shared_.register_kernel("cuda")
-def _(
-    outputs: list[torch.Tensor],
-    x_NI: torch.Tensor,
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    from phatgoose.kernels import launches, settings, sorted_launches
-
-    num_tokens, in_features = x_NI.shape
-    layers = _layers(downs, ups, his, los, sums, biases)
-    if num_tokens == 0 or top_k > MOST_TOP_K:
-        found = [
-            route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
-            for y_NO, layer in zip(outputs, layers, strict=True)
-        ]
-        weights, expert_ids = zip(*found, strict=True)
-        return torch.stack(weights), torch.stack(expert_ids)
-    questions = [
-        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
-        for _, _, hi_EI, lo_EI, sums_E, bias_NE in layers
-    ]
-    for a_ERI, b_ERO, question in zip(downs, ups, questions, strict=True):
-        check(x_NI, a_ERI, b_ERO, question)
-    check_shared(outputs, downs, biases)
-    for y_NO in outputs:
-        check_rows(y_NO)
-    num_experts = downs[0].shape[0]
-    x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
-    downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
-    with torch.cuda.device(x_NI.device):
-        if settings.takes_few(num_tokens, top_k):
-            few = settings.few(num_tokens, num_experts, in_features, len(layers))
-            choice = launches.add_few_shared(outputs, x_NI, downs, ups, questions, few)
-        else:
-            many = settings.many(num_tokens, top_k, num_experts, in_features, len(layers))
-            choice = sorted_launches.add_many_shared(outputs, x_NI, downs, ups, questions, many)
-    return choice.weights_NK, choice.expert_ids_NK
-
-
 @routed_linear.register_kernel("cuda")
 def _(
     x_NI: torch.Tensor,
@@ -243,7 +128,7 @@ def _(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from phatgoose.kernels import launches
 
-    if not _beside(x_NI, a_ERI, top_k):
+    if not with_bases(x_NI, [bias_O], a_ERI, top_k):
         y_NO = F.linear(x_NI, weight_OI, bias_O)
         weights_NK, expert_ids_NK = route_and_add_(
             y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
@@ -252,65 +137,8 @@ def _(
     question = launches.Question(
         hi_EI, lo_EI, sums_E, None if bias_NE is None else bias_NE.float().contiguous(), top_k, eps, temperature
     )
-    (y_NO,), choice = _launch_beside(x_NI, [(weight_OI, bias_O)], [a_ERI], [b_ERO], [question])
+    (y_NO,), choice = launch_with_bases(x_NI, [(weight_OI, bias_O)], [a_ERI], [b_ERO], [question])
     return y_NO, *choice.of_layer(0)
-
-
-@routed_linears.register_kernel("cuda")
-def _(
-    x_NI: torch.Tensor,
-    weights: list[torch.Tensor],
-    offsets: list[torch.Tensor | None],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    from phatgoose.kernels import launches
-
-    if not _beside(x_NI, downs[0], top_k):
-        outputs = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, offsets, strict=True)]
-        rule = (top_k, eps, temperature)
-        found = route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
-        return outputs, *found
-    check_shared(weights, downs, biases)
-    questions = [
-        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
-        for _, _, hi_EI, lo_EI, sums_E, bias_NE in _layers(downs, ups, his, los, sums, biases)
-    ]
-    bases = list(zip(weights, offsets, strict=True))
-    outputs, choice = _launch_beside(x_NI, bases, downs, ups, questions)
-    return outputs, *choice
-
-
-def _beside(x_NI: torch.Tensor, a_ERI: torch.Tensor, top_k: int) -> bool:
-    """Whether routing and A run beside the base layer."""
-    from phatgoose.kernels import settings
-
-    return len(x_NI) > 0 and top_k <= MOST_TOP_K and settings.takes_beside(len(x_NI), top_k, len(a_ERI))
-
-
-def _launch_beside(
-    x_NI: torch.Tensor,
-    bases: list[tuple[torch.Tensor, torch.Tensor | None]],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    questions: list[Question],
-) -> tuple[list[torch.Tensor], Choice]:
-    from phatgoose.kernels import launches, settings
-
-    x_NI = x_NI.contiguous()
-    for a_ERI, b_ERO, question in zip(downs, ups, questions, strict=True):
-        check(x_NI, a_ERI, b_ERO, question)
-    few = settings.few(len(x_NI), len(downs[0]), x_NI.shape[1], len(downs))
-    downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
-    with torch.cuda.device(x_NI.device):
-        return launches.linears_and_add(x_NI, bases, downs, ups, questions, few)
 
 
 @route_and_add_.register_fake
@@ -328,24 +156,6 @@ def _(
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     shape = (x_NI.shape[0], top_k)
-    return x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
-
-
-@route_and_add_shared_.register_fake
-def _(
-    outputs: list[torch.Tensor],
-    x_NI: torch.Tensor,
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    shape = (len(outputs), x_NI.shape[0], top_k)
     return x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
 
 
@@ -367,36 +177,3 @@ def _(
     shape = (x_NI.shape[0], top_k)
     weights_NK, expert_ids_NK = x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
     return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]), weights_NK, expert_ids_NK
-
-
-@routed_linears.register_fake
-def _(
-    x_NI: torch.Tensor,
-    weights: list[torch.Tensor],
-    offsets: list[torch.Tensor | None],
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    shape = (len(weights), x_NI.shape[0], top_k)
-    outputs = [x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]) for weight_OI in weights]
-    return outputs, x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
-
-
-def _layers(
-    downs: list[torch.Tensor],
-    ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
-    sums: list[torch.Tensor],
-    biases: list[torch.Tensor],
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
-    """What each layer has, in the order of `route_and_add_`."""
-    halves: list[torch.Tensor | None] = [*los] or [None] * len(his)
-    return list(zip(downs, ups, his, halves, sums, biases, strict=True))

@@ -18,6 +18,8 @@ MOST_PAIRS_UNSORTED = 128
 # (docs/performance.md); and for how many experts, if tokens are more than four: with 1,000 both wait for memory
 BASE_BESIDE = True
 MOST_EXPERTS_BESIDE = 256
+# whether many tokens' updates come before the base layer, which then adds itself; measure before switching it on
+BASE_AFTER = False
 # whether layers of one input (q, k and v; gate and up) share launches for few tokens; measure before switching it on
 SHARE_INPUT = False
 # programs that fill a GPU: the multiprocessors of an H100, H200

@@ -29,21 +29,26 @@ from phatgoose.kernels.settings import Many, power_of_two
 from phatgoose.kernels.sorting import choose_many, count_pairs, place_pairs
 
 
-def linear_after(
+def linears_after(
     x_NI: torch.Tensor,
-    weight_OI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    routing: Question | Choice,
+    weights: Sequence[torch.Tensor],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    questions: Sequence[Question],
     settings: Many,
-) -> tuple[torch.Tensor, Choice]:
-    """(a layer's output with the updates, the choice), for many tokens: first the updates, then the layer adds itself.
+) -> tuple[list[torch.Tensor], Choice]:
+    """(outputs of up to three layers of one x, the choices with an axis G in front), for many tokens.
 
-    B's first launch then writes y and reads none, and the layer's product, which is bound by arithmetic, reads y.
+    First the updates, then the base layers, which have no bias, add themselves: B's first launch writes y and reads
+    none, and the layer's product, which is bound by arithmetic, reads y.
+
+    Args:
+        weights: weight_OI of each layer.
+        downs, ups, questions: see `add_many_shared`.
     """
-    y_NO = x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
-    choice = add_many(y_NO, x_NI, a_ERI, b_ERO, routing, settings, write=True)
-    return y_NO.addmm_(x_NI, weight_OI.T), choice
+    outputs = [x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]) for weight_OI in weights]
+    choice = add_many_shared(outputs, x_NI, downs, ups, questions, settings, write=True)
+    return [y.addmm_(x_NI, weight_OI.T) for y, weight_OI in zip(outputs, weights, strict=True)], choice
 
 
 def add_many(

@@ -1,8 +1,9 @@
 """Registered operators: Triton kernels on CUDA, the PyTorch backends elsewhere.
 
 `mix_loras` and `add_loras_` (here) mix; `route_and_add_` and `routed_linear`
-(`routing_operators.py`) route too. They have fake implementations, wait for
-nothing on the host and allocate by shapes alone, so they go through
+(`routing_operators.py`) route too, and so do those for layers of one x
+(`shared_operators.py`). They have fake implementations, wait for nothing on the
+host and allocate by shapes alone, so they go through
 torch.compile(fullgraph=True) and CUDA graphs. A trailing underscore: adds into
 its first argument. What runs where is in `dispatch.py`.
 
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 
 from phatgoose.kernels import routing_operators as routing_operators  # registers its own
+from phatgoose.kernels import shared_operators as shared_operators
 from phatgoose.kernels.dispatch import mix_on_cuda, mix_with_torch
 
 
