@@ -18,6 +18,9 @@ the call that is timed), `flops_bound` if it went by the products with weights; 
 counts, bytes for decode. For more sequences the bound is lower: they choose more experts. Rows replace those of the
 same device and case.
 
+`--switches` measures one model after the other with switches of `kernels/settings.py` set: `none`, `beside`, or more of
+them joined by +. Column `backend` names those that were on.
+
 Memory, llama3-8b, 166 experts of rank 16, bf16: 16.1 GB base, 13.9 GB factors, 0.8 GB gates as the kernels keep them
 and 0.8 GB in fp32, 0.5 GB a cache of 32 x 129 tokens: 33 GB with a prefill's activations, so one GPU of 80 GB is
 plenty. t5-xl: 5.6 GB base, 11.7 GB factors, 1.4 GB gates.
@@ -27,10 +30,13 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from itertools import product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bounds import Work, base_work, experts_work
@@ -43,7 +49,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.base import DTYPES
 from phatgoose.config import RouterConfig
-from phatgoose.kernels import BACKENDS
+from phatgoose.kernels import BACKENDS, settings
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.shared_input import share_inputs
@@ -74,6 +80,14 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     }),
 }  # fmt: skip
+# of `kernels.settings`: name there, off, on
+SWITCHES: dict[str, tuple[str, Any, Any]] = {
+    "beside": ("BASE_BESIDE", False, True),
+    "shared": ("SHARE_INPUT", False, True),
+    "after": ("BASE_AFTER", False, True),
+    "pdl": ("MOST_TOKENS_PDL", 0, 4),
+}
+NAMES = {"beside": "base beside", "shared": "shared input", "after": "base after", "pdl": "pdl"}
 # what a row is measured on; others stay when it is written
 KEYS = ("device", "shape", "dtype", "backend", "experts", "rank", "top_k", "what", "sequences")
 
@@ -93,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=480, help="begin no case after this")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--share-input", action="store_true", help="layers of one input share launches")
+    parser.add_argument("--switches", nargs="+", default=[switches_on()], help="the package's own if not given")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -107,22 +121,39 @@ def main(argv: Sequence[str] | None = None) -> None:
     models = {"base": make_model(args)}
     compile_first(models["base"], args)
     say(f"{args.shape}: base model made")
-    for experts in args.experts:
-        models["routed"] = routed_randomly(models["base"], experts, args)
-        say(f"{experts} experts added; {memory(args)}")
-        for what, batch in cases(args, models["base"]):
-            if time.perf_counter() - begin > args.seconds:
-                say("out of time; the rest is left out")
-                return
-            try:
-                found = measure(models, experts, what, batch, args)
-            except RuntimeError as error:  # no memory, or something that no graph can hold
-                say(f"no row of {what}, {batch} sequences: {type(error).__name__} {str(error)[:300]}")
-                continue
-            say("  ".join(f"{name} {value}" for name, value in list(found.items())[2:]) + f"; {memory(args)}")
-            if args.out:
-                replace_rows(args.out, [found], *KEYS)
-        del models["routed"]
+    for experts, switches in product(args.experts, args.switches):
+        with switched(switches):
+            models["routed"] = routed_randomly(models["base"], experts, args)
+            say(f"{experts} experts added, {switches}; {memory(args)}")
+            for what, batch in cases(args, models["base"]):
+                if time.perf_counter() - begin > args.seconds:
+                    say("out of time; the rest is left out")
+                    return
+                try:
+                    found = measure(models, experts, what, batch, args)
+                except RuntimeError as error:  # no memory, or something that no graph can hold
+                    say(f"no row of {what}, {batch} sequences: {type(error).__name__} {str(error)[:300]}")
+                    continue
+                say("  ".join(f"{name} {value}" for name, value in list(found.items())[2:]) + f"; {memory(args)}")
+                if args.out:
+                    replace_rows(args.out, [found], *KEYS)
+            del models["routed"]
+
+
+def switches_on() -> str:
+    """Those of the settings, joined by +; "none" if there are none."""
+    return "+".join(name for name, (setting, off, _) in SWITCHES.items() if getattr(settings, setting) != off) or "none"
+
+
+@contextmanager
+def switched(names: str) -> Iterator[None]:
+    """The settings with these switches on, and the others off."""
+    chosen = set(names.split("+")) - {"none"}
+    if not chosen <= SWITCHES.keys():
+        raise SystemExit(f"unknown switches {names}; known: none, {', '.join(SWITCHES)}")
+    values = {setting: on if name in chosen else off for name, (setting, off, on) in SWITCHES.items()}
+    with mock.patch.multiple(settings, **values):
+        yield
 
 
 def cases(args: argparse.Namespace, model: Any) -> list[tuple[str, int]]:
@@ -212,7 +243,7 @@ def routed_randomly(model: Any, experts: int, args: argparse.Namespace) -> Any:
                 )
                 router = Phatgoose(stack, RouterConfig(top_k=args.top_k)).to(args.device)
             routed.set_submodule(site, RoutedLinear(linear, stack, router, args.backend))
-    if args.share_input:
+    if settings.SHARE_INPUT:
         share_inputs((site, linear) for site, linear in routed.named_modules() if isinstance(linear, RoutedLinear))
     return routed
 
@@ -314,12 +345,15 @@ def row(
     bytes_bound = (base.bytes + cache) / (base.bytes + cache + added.bytes)
     flops_bound = base.flops / (base.flops + added.flops)
     bound = flops_bound if what == "prefill" else bytes_bound
+    # other kernels than Triton's have no switches
+    triton = args.backend == "triton" or (args.backend == "auto" and args.device.startswith("cuda"))
+    named = [NAMES[name] for name in switches_on().split("+") if triton and name in NAMES]
     return {
         "device": device_name(args.device),
         "torch": torch.__version__,
         "shape": args.shape,
         "dtype": args.dtype,
-        "backend": args.backend + (", shared input" if args.share_input else ""),
+        "backend": ", ".join([args.backend, *named]),
         "experts": experts,
         "rank": args.rank,
         "top_k": args.top_k,

@@ -126,6 +126,22 @@ def test_model_rehearsal(shape: str, cases: int, monkeypatch: pytest.MonkeyPatch
     assert decoding["1"]["experts_a_site"] == "2.0" and float(decoding["3"]["experts_a_site"]) > 2
     # the encoder and the keys and values of cross-attention are not computed again
     assert {row["sites"] for row in decoding.values()} == {"14" if shape == "tiny" else "18"}
+    assert {row["backend"] for row in rows} == {"auto"}
+
+
+def test_model_with_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """One model after the other in the same run; the settings are as before."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import model
+
+    out = tmp_path / "model.csv"
+    options = "--shape tiny --backend triton --what decode --experts 5 --batches 2 --prompt 4 --rounds 1"
+    model.main([*options.split(), "--switches", "none", "beside+shared+pdl", "after", "--out", str(out)])
+    expected = ["triton", "triton, base beside, shared input, pdl", "triton, base after"]
+    assert [row["backend"] for row in read(out)] == expected
+    assert model.switches_on() == "beside"
+    with pytest.raises(SystemExit, match="unknown switches"):
+        model.main([*options.split(), "--switches", "besides"])
 
 
 def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +150,7 @@ def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None
     import bounds
     import model
 
-    args = argparse.Namespace(
-        shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", share_input=False, prompt=4
-    )
+    args = argparse.Namespace(shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", prompt=4)
     base = model.make_model(args)
     routed = model.routed_randomly(base, 6, args)
     work = bounds.base_work(base, model.decode(base, 1, args))

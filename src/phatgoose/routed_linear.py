@@ -66,7 +66,8 @@ class RoutedLinear(WrappedLinear):
             prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
             self.eps: float = router.eps
             # then the operator computes the base layer: its weights are used, hooks on it are not called
-            self.beside = kernel_settings.BASE_BESIDE and type(base) is nn.Linear and "forward" not in vars(base)
+            with_base = kernel_settings.BASE_BESIDE or kernel_settings.BASE_AFTER
+            self.beside = with_base and type(base) is nn.Linear and "forward" not in vars(base)
             for name, tensor in prototypes._asdict().items():
                 self.register_buffer(name, tensor, persistent=False)
 

@@ -20,8 +20,11 @@ BASE_BESIDE = True
 MOST_EXPERTS_BESIDE = 256
 # whether many tokens' updates come before the base layer, which then adds itself; measure before switching it on
 BASE_AFTER = False
-# whether layers of one input (q, k and v; gate and up) share launches for few tokens; measure before switching it on
+# whether layers of one input (q, k and v; gate and up) share launches; measure before switching it on
 SHARE_INPUT = False
+# up to how many tokens each kernel starts before the one in front has ended (programmatic dependent launch); 0 is off:
+# single layers gain with one token and lose with 32, whole models are not measured
+MOST_TOKENS_PDL = 0
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
@@ -89,7 +92,8 @@ def takes_few(num_tokens: int, top_k: int) -> bool:
 
 def takes_beside(num_tokens: int, top_k: int, num_experts: int) -> bool:
     """Whether routing and A should run beside the base layer."""
-    return takes_few(num_tokens, top_k) and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
+    fits = takes_few(num_tokens, top_k) and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
+    return BASE_BESIDE and fits
 
 
 def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) -> Few:
@@ -112,6 +116,7 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
         # one: a thread then has all of R of its columns, and sums over R without the others; that is less work, but
         # for few programs the wait is what counts
         expand_warps=4 if num_tokens <= 4 else 1,
+        pdl=num_tokens <= MOST_TOKENS_PDL,
     )
 
 
