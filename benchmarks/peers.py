@@ -6,7 +6,9 @@
 Methods, all with the base layer and, where there is any, with the routing; rank 16, top-2, bf16 (on a CPU fp32):
 the base layer alone; one static LoRA (three plain products and an add); PEFT's layer with one LoRA; PEFT's Arrow layer;
 PEFT's X-LoRA layer for 4 and 8 experts, which is given its scalings, so without the classifier that makes them from
-another forward pass of the whole model; the loop over the experts in the official code's steps; ours.
+another forward pass of the whole model; the loop over the experts in the official code's steps; ours; and with
+`--vllm FOLDER`, where a wheel of vLLM was unpacked, the layer around vLLM's kernel for LoRA experts, which is given the
+choice of experts and their sorting (`vllm_layer.py`).
 
 Mode "eager": plain calls, as people run them, the launches included. Mode "graph": replays of a CUDA graph; what waits
 for the device has none. Each method goes through several layers with their own weights, together larger than the L2
@@ -130,8 +132,8 @@ class Wrong(Exception):
     """A method's result is not the layer's."""
 
 
-def methods_for(experts: int, backends: Sequence[Backend]) -> dict[str, Method]:
-    """Everything that is measured, by name."""
+def methods_for(experts: int, backends: Sequence[Backend], vllm: Path | None = None) -> dict[str, Method]:
+    """Everything that is measured, by name. `vllm`: a folder with its files."""
     found = {
         BASE: Method(lambda site: site.base, None),
         STATIC: Method(lambda site: static_lora(site.base, site.stack.a_ERI[0], site.stack.b_ERO[0]), first_expert),
@@ -151,6 +153,14 @@ def methods_for(experts: int, backends: Sequence[Backend]) -> dict[str, Method]:
     }
     if experts not in X_LORA_EXPERTS:
         del found["X-LoRA layer (PEFT), scalings given"]
+    if vllm is not None:
+        from vllm_layer import VllmUpdate
+        from vllm_layer import load as load_vllm
+
+        kernels = load_vllm(vllm)
+        found["vLLM's fused_moe_lora, choice and sorting given"] = Method(
+            lambda site: VllmUpdate(kernels, site.base, site.stack.a_ERI, site.stack.b_ERO, site.router), own_routing
+        )
     for backend in backends:
         found[f"ours, {backend}"] = Method(partial(ours, backend=backend), own_routing)
     return found
@@ -284,7 +294,7 @@ def measure(args: argparse.Namespace) -> None:
         # as many as exceed the L2 cache twice; 12 at most
         copies = min(12, max(2, -(-(100 << 20) // (2 * inputs * outputs)))) if args.device == "cuda" else 2
         sites = [Site.random(inputs, outputs, experts, max(args.tokens), draw) for _ in range(copies)]
-        methods = methods_for(experts, args.backends)
+        methods = methods_for(experts, args.backends, args.vllm)
         layers = build(sites, methods)
         for tokens in args.tokens:
             if time.perf_counter() - begin > args.seconds:
@@ -326,6 +336,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--experts", type=int, nargs="+")
     parser.add_argument("--tokens", type=int, nargs="+")
     parser.add_argument("--backends", nargs="+", choices=BACKENDS, help="of ours")
+    parser.add_argument("--vllm", type=Path, help="folder in which vLLM's files lie")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seconds", type=float, default=420, help="begin no shape after this; compiling comes before")
     parser.add_argument("--out", type=Path)

@@ -68,6 +68,29 @@ def test_peers_check_every_method(peers: ModuleType, dtype: torch.dtype) -> None
                     peers.check(site, method, method.build(other), x_NI)
 
 
+@pytest.mark.parametrize("pattern", ["random", "one takes all", "the last two"])
+def test_pairs_sorted_for_vllm(peers: ModuleType, pattern: str, tmp_path: Path) -> None:
+    """Blocks of one expert each hold every pair once."""
+    vllm_layer = pytest.importorskip("vllm_layer", reason="needs triton", exc_type=ImportError)
+    experts, tokens = 9, 70
+    ids_NK = {
+        "random": torch.randn(tokens, experts).topk(2).indices,
+        "one takes all": torch.full((tokens, 2), 3),
+        "the last two": torch.tensor([[8, 7]]).expand(tokens, 2),
+    }[pattern]
+    pairs, of_blocks, length = (tensor[0] for tensor in vllm_layer.sort_pairs(ids_NK, experts))
+    blocks = pairs.view(-1, vllm_layer.ROWS)
+    used = int(length) // vllm_layer.ROWS
+    assert len(of_blocks) == len(blocks) >= used
+    assert (blocks[used:] == 2 * tokens).all() and (of_blocks[used:] == -1).all()
+    found = blocks[:used]
+    assert sorted(found[found < 2 * tokens].tolist()) == list(range(2 * tokens))
+    for block, expert in zip(found, of_blocks, strict=False):
+        assert (ids_NK.flatten()[block[block < 2 * tokens]] == expert).all()
+    with pytest.raises(FileNotFoundError, match="unpack a wheel"):
+        peers.methods_for(9, [], vllm=tmp_path)
+
+
 def test_peers_leave_out_what_is_wrong(
     peers: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
