@@ -131,17 +131,20 @@ def partial_scores(
             acc_EI += v_EI * x_I[None, :]
         dots_NE = tl.sum(acc_EI, axis=1)[None, :]
     else:
-        dots_NE = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+        # hi and lo as the rows of one operand: one product, which reads x from shared memory once
+        HALVES: tl.constexpr = 2 if HAS_LO else 1
+        v = tl.arange(0, HALVES * BLOCK_E)
+        e_of_v = pid_e * BLOCK_E + v % BLOCK_E
+        row_ptrs = tl.where(v < BLOCK_E, hi_ptr, lo_ptr) + e_of_v.to(tl.int64) * in_features
+        in_v = e_of_v < num_experts
+        dots_NV = tl.zeros([BLOCK_N, HALVES * BLOCK_E], tl.float32)
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
             in_i = i < in_features
-            in_ei = in_e[:, None] & in_i[None, :]
             x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=in_n[:, None] & in_i[None, :], other=0.0)
-            hi_EI = tl.load(hi_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
-            dots_NE = product(x_NI, hi_EI.T, dots_NE, UPCAST)
-            if HAS_LO:
-                lo_EI = tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0)
-                dots_NE = product(x_NI, lo_EI.T, dots_NE, UPCAST)
+            v_VI = tl.load(row_ptrs[:, None] + i[None, :], mask=in_v[:, None] & in_i[None, :], other=0.0)
+            dots_NV = product(x_NI, v_VI.T, dots_NV, UPCAST)
+        dots_NE = tl.sum(dots_NV.reshape([BLOCK_N, HALVES, BLOCK_E]), axis=1)
 
     at_N = slot + g.to(tl.int64) * tl.num_programs(2) * num_tokens
     tl.store(dots_ptr + at_N[:, None] * stride_e + e[None, :], dots_NE, mask=in_n[:, None] & (e < stride_e)[None, :])
