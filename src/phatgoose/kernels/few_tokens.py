@@ -93,6 +93,7 @@ def shrink_few(
             TOP_K,
             K_PAD,
             HAS_BIAS,
+            H_AXIS=0,
         )
         if split == 0:
             at = token * TOP_K + k[None, :]

@@ -14,7 +14,7 @@ alone moves scores by 2**-9 of their spread and so changes choices. hi + lo has
 Layers that are called with one x (q, k and v; gate and up) share launches: up to three G, each with its own
 prototypes. They share the sums of x.
 
-Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, S splits of I.
+Axes: G layers of one x, N tokens, E experts (padded, H x C), K chosen experts, I in-features, S splits of I.
 `partial_scores` writes what each split found; `choose` adds the splits up in
 order, so the same input gives the same bits.
 """
@@ -151,6 +151,12 @@ def partial_scores(
 
 
 @triton.jit
+def per_token(t_N, H_AXIS: tl.constexpr):
+    """t_N with the other two axes of X (see `choose`)."""
+    return tl.expand_dims(tl.expand_dims(t_N, 1), H_AXIS)
+
+
+@triton.jit
 def choose(
     dots_ptr,
     stats_ptr,
@@ -169,49 +175,53 @@ def choose(
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    H_AXIS: tl.constexpr,
 ):
     """(weights_NK, ids_NK) of the tokens `n`, padded to K_PAD.
 
     The larger score wins, and of equal ones the lower expert id. NaN counts as
     the largest. A token whose scores are all -inf gets weights of 0.
     """
+    # Axes X: E as H x C, and N. With N first (H_AXIS 1), for as many tokens as warps, a warp has all of a token's C
+    # numbers and a thread those of all H, so that no maximum waits for other warps. For one token H is 1.
+    C: tl.constexpr = E_PAD if H_AXIS == 0 or E_PAD < 128 else 128
     in_n = n < num_tokens
-    e = tl.arange(0, E_PAD)
-    in_e = e < num_experts
-    mask_NE = in_n[:, None] & in_e[None, :]
-    dots_NE = tl.zeros([n.shape[0], E_PAD], tl.float32)
+    n_X = per_token(n, H_AXIS)
+    e_X = tl.expand_dims(tl.arange(0, E_PAD // C)[:, None], 1 - H_AXIS) * C + tl.arange(0, C)[None, None, :]
+    in_e = e_X < num_experts
+    dots_X = tl.zeros((n_X + e_X).shape, tl.float32)
     for split in tl.static_range(SPLITS):
-        slot = n + split * num_tokens
-        read_NE = in_n[:, None] & (e < stride_e)[None, :]
-        dots_NE += tl.load(dots_ptr + slot[:, None] * stride_e + e[None, :], mask=read_NE, other=0.0)
+        at_X = (n_X + split * num_tokens) * stride_e + e_X
+        dots_X += tl.load(dots_ptr + at_X, mask=per_token(in_n, H_AXIS) & (e_X < stride_e), other=0.0)
     stats_NS = stats_ptr + (n[:, None] + tl.arange(0, SPLITS)[None, :] * num_tokens) * 2
     sum_N = tl.sum(tl.load(stats_NS, mask=in_n[:, None], other=0.0), axis=1)
     square_N = tl.sum(tl.load(stats_NS + 1, mask=in_n[:, None], other=0.0), axis=1)
     mean_N = sum_N / in_features
     variance_N = tl.maximum(square_N / in_features - mean_N * mean_N, 0.0)
     rstd_N = 1.0 / tl.sqrt(variance_N + eps)
-    sums_E = tl.load(sums_ptr + e, mask=in_e, other=0.0)
-    scores_NE = (dots_NE - mean_N[:, None] * sums_E[None, :]) * rstd_N[:, None]
+    sums_X = tl.load(sums_ptr + e_X, mask=in_e, other=0.0)
+    scores_X = (dots_X - per_token(mean_N, H_AXIS) * sums_X) * per_token(rstd_N, H_AXIS)
     if HAS_BIAS:
-        scores_NE += tl.load(bias_ptr + n[:, None] * stride_bias + e[None, :], mask=mask_NE, other=0.0)
+        at_X = n_X * stride_bias + e_X
+        scores_X += tl.load(bias_ptr + at_X, mask=per_token(in_n, H_AXIS) & in_e, other=0.0)
 
     # integers in the order of the scores leave room below -inf for "taken" and "no expert"
-    scores_NE = tl.where(scores_NE == 0.0, 0.0, scores_NE)  # -0 and 0 tie
-    bits_NE = scores_NE.to(tl.int32, bitcast=True)
-    keys_NE = tl.where(bits_NE < 0, bits_NE ^ 0x7FFFFFFF, bits_NE)
-    keys_NE = tl.where(scores_NE != scores_NE, 0x7FFFFFFF, keys_NE)
-    keys_NE = tl.where(in_e[None, :], keys_NE, -0x80000000)
+    scores_X = tl.where(scores_X == 0.0, 0.0, scores_X)  # -0 and 0 tie
+    bits_X = scores_X.to(tl.int32, bitcast=True)
+    keys_X = tl.where(bits_X < 0, bits_X ^ 0x7FFFFFFF, bits_X)
+    keys_X = tl.where(scores_X != scores_X, 0x7FFFFFFF, keys_X)
+    keys_X = tl.where(in_e, keys_X, -0x80000000)
     k = tl.arange(0, K_PAD)
     top_NK = tl.full([n.shape[0], K_PAD], -0x80000000, tl.int32)
     ids_NK = tl.zeros([n.shape[0], K_PAD], tl.int32)
     for slot_k in tl.static_range(TOP_K):
         # two plain reductions: each is one instruction for a warp
-        best_N = tl.max(keys_NE, axis=1)
-        id_N = tl.min(tl.where(keys_NE == best_N[:, None], e[None, :], E_PAD), axis=1)
-        id_N = tl.minimum(id_N, num_experts - 1)
+        best_N = tl.max(tl.max(keys_X, axis=2), axis=H_AXIS)
+        ties_X = tl.where(keys_X == per_token(best_N, H_AXIS), e_X, E_PAD)
+        id_N = tl.minimum(tl.min(tl.min(ties_X, axis=2), axis=H_AXIS), num_experts - 1)
         top_NK = tl.where(k[None, :] == slot_k, best_N[:, None], top_NK)
         ids_NK = tl.where(k[None, :] == slot_k, id_N[:, None], ids_NK)
-        keys_NE = tl.where(e[None, :] == id_N[:, None], -0x80000000, keys_NE)
+        keys_X = tl.where(e_X == per_token(id_N, H_AXIS), -0x80000000, keys_X)
 
     chosen_NK = tl.where(top_NK < 0, top_NK ^ 0x7FFFFFFF, top_NK).to(tl.float32, bitcast=True) / temperature
     chosen_NK = tl.where(k[None, :] < TOP_K, chosen_NK, float("-inf"))

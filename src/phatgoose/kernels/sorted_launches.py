@@ -114,11 +114,19 @@ class _Sorted(NamedTuple):
         return _Sorted(*(tensor.select(0, g) for tensor in self))
 
 
+class _Block(NamedTuple):
+    """Tokens of one program, how many it counts and places at once, and in how many steps."""
+
+    tokens: int
+    at_once: int
+    steps: int
+
+
 def _sort(
     x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], num_experts: int, settings: Many
 ) -> tuple[Choice, _Sorted]:
     """(the choices, with an axis G in front; their pairs)."""
-    choice, counts_GCKE, steps = _choose(x_NI, routings, num_experts, settings)
+    choice, counts_GCKE, block = _choose(x_NI, routings, num_experts, settings)
     layers, num_tokens, top_k = choice.weights_NK.shape
     num_pairs, num_blocks = num_tokens * top_k, counts_GCKE.shape[1]
     new: dict[str, Any] = {"dtype": torch.int32, "device": x_NI.device}
@@ -130,9 +138,6 @@ def _sort(
         torch.empty(layers, top_k, num_experts, **new),
     )
     block_c = min(settings.sort_block_c, power_of_two(num_blocks))
-    # a program places the tokens that one of `_choose` counted
-    place_block_n = min(settings.place_block_n, power_of_two(steps) * settings.choose_block_n)
-    place_steps = triton.cdiv(steps * settings.choose_block_n, place_block_n)
     place_pairs[(num_blocks, layers)](
         choice.expert_ids_NK,
         choice.weights_NK,
@@ -142,17 +147,17 @@ def _sort(
         num_experts,
         counts_GCKE.shape[3],
         num_blocks,
-        steps * settings.choose_block_n,
-        place_steps,
+        block.tokens,
+        block.steps,
         triton.cdiv(num_blocks, block_c),
         E_PAD=power_of_two(num_experts),
         TOP_K=top_k,
         K_PAD=power_of_two(top_k),
-        BLOCK_N=place_block_n,
+        BLOCK_N=block.at_once,
         BLOCK_C=block_c,
         SHRINK_ROWS=settings.shrink_rows,
         EXPAND_ROWS=settings.expand_rows,
-        ONE_STEP=place_steps == 1,
+        ONE_STEP=block.steps == 1,
         **options(settings.pdl and x_NI.is_cuda, settings.place_warps),
     )
     return choice, found
@@ -160,13 +165,16 @@ def _sort(
 
 def _choose(
     x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], num_experts: int, settings: Many
-) -> tuple[Choice, torch.Tensor, int]:
-    """(the choices, with an axis G in front; counts_GCKE; how many blocks of tokens one of C programs takes)."""
+) -> tuple[Choice, torch.Tensor, _Block]:
+    """(the choices, with an axis G in front; counts_GCKE; what one of C programs counts, and places)."""
     num_tokens, in_features = x_NI.shape
     pdl = settings.pdl and x_NI.is_cuda
     chunks = triton.cdiv(num_tokens, settings.choose_block_n)
     steps = triton.cdiv(chunks, settings.most_blocks)
     num_blocks = triton.cdiv(chunks, steps)
+    tokens = steps * settings.choose_block_n
+    at_once = min(settings.place_block_n, power_of_two(steps) * settings.choose_block_n)
+    block = _Block(tokens, at_once, triton.cdiv(tokens, at_once))
     first = routings[0]
     if isinstance(first, Question):
         questions: Sequence[Question] = routings  # type: ignore[assignment]
@@ -181,7 +189,7 @@ def _choose(
         "E_PAD": power_of_two(num_experts),
         "TOP_K": top_k,
         "K_PAD": power_of_two(top_k),
-        "BLOCK_N": settings.choose_block_n,
+        "COUNT_N": block.at_once,
         **options(pdl, settings.choose_warps),
     }
     if isinstance(first, Question):
@@ -199,15 +207,17 @@ def _choose(
             first.eps,
             first.temperature,
             steps,
+            block.steps,
             LAYERS=layers,
+            BLOCK_N=settings.choose_block_n,
             SPLITS=settings.scores.splits,
             HAS_BIAS=first.bias_NE is not None,
             **sizes,
         )
     else:
-        rows = (num_tokens, padded(num_experts), steps)
-        count_pairs[(num_blocks, 1)](choice.expert_ids_NK, counts_GCKE, *rows, **sizes)
-    return choice, counts_GCKE, steps
+        rows = (num_tokens, padded(num_experts), block.tokens, block.steps)
+        count_pairs[(num_blocks,)](choice.expert_ids_NK, counts_GCKE, *rows, **sizes)
+    return choice, counts_GCKE, block
 
 
 def _shrink(x_NI: torch.Tensor, downs: Sequence[torch.Tensor], sorted_pairs: _Sorted, settings: Many) -> torch.Tensor:

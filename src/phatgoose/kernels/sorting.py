@@ -32,16 +32,36 @@ def add_counts(counts_KE, ids_N, in_n, slot: tl.constexpr, K_PAD: tl.constexpr, 
 
 
 @triton.jit
-def store_counts(counts_ptr, counts_KE, stride_e, TOP_K: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr):
-    """One row of counts_GCKE, whose rows are padded to stride_e as those of the scores are."""
+def count_block(
+    ids_ptr,
+    counts_ptr,
+    num_tokens,
+    stride_e,
+    tokens_a_block,
+    steps,
+    E_PAD: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program's row of counts_CKE, of ids_NK; rows are padded to stride_e as those of the scores are."""
     e = tl.arange(0, E_PAD)
     k = tl.arange(0, K_PAD)
-    c = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    at_KE = (c * TOP_K + k[:, None]) * stride_e + e[None, :]
+    counts_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
+    step = 0
+    while step < steps:
+        of_block = step * BLOCK_N + tl.arange(0, BLOCK_N)
+        n = tl.program_id(0) * tokens_a_block + of_block
+        in_n = (of_block < tokens_a_block) & (n < num_tokens)
+        for slot in tl.static_range(TOP_K):
+            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
+            counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
+        step += 1
+    at_KE = (tl.program_id(0) * TOP_K + k[:, None]) * stride_e + e[None, :]
     tl.store(counts_ptr + at_KE, counts_KE, mask=(k < TOP_K)[:, None] & (e < stride_e)[None, :])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "steps"])
+@triton.jit(do_not_specialize=["num_tokens", "steps", "count_steps"])
 def choose_many(
     dots_ptr,
     stats_ptr,
@@ -62,12 +82,14 @@ def choose_many(
     eps,
     temperature,
     steps,
+    count_steps,
     LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    COUNT_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -75,13 +97,14 @@ def choose_many(
     g = tl.program_id(1).to(tl.int64)
     sums_ptr = of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS)
     bias_ptr = of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS)
+    weights_ptr += g * num_tokens * TOP_K
+    ids_ptr += g * num_tokens * TOP_K
+    counts_ptr += g * tl.num_programs(0) * TOP_K * stride_e
     k = tl.arange(0, K_PAD)
-    counts_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
     follow(PDL)
     step = 0
     while step < steps:
         n = ((tl.program_id(0) * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        in_n = n < num_tokens
         weights_NK, ids_NK = choose(
             dots_ptr + g * SPLITS * num_tokens * stride_e,
             stats_ptr,
@@ -100,43 +123,36 @@ def choose_many(
             TOP_K,
             K_PAD,
             HAS_BIAS,
+            H_AXIS=1,
         )
-        at_NK = (g * num_tokens + n)[:, None] * TOP_K + k[None, :]
-        mask_NK = in_n[:, None] & (k < TOP_K)[None, :]
+        at_NK = n[:, None] * TOP_K + k[None, :]
+        mask_NK = (n < num_tokens)[:, None] & (k < TOP_K)[None, :]
         tl.store(weights_ptr + at_NK, weights_NK, mask=mask_NK)
         tl.store(ids_ptr + at_NK, ids_NK.to(tl.int64), mask=mask_NK)
-        for slot in tl.static_range(TOP_K):
-            ids_N = tl.sum(tl.where(k[None, :] == slot, ids_NK, 0), axis=1)
-            counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
         step += 1
-    store_counts(counts_ptr, counts_KE, stride_e, TOP_K, K_PAD, E_PAD)
+    # ids are read again, by other threads than those that wrote them, in the arrangement that counting wants
+    tl.debug_barrier()
+    tokens_a_block = steps * BLOCK_N
+    count_block(ids_ptr, counts_ptr, num_tokens, stride_e, tokens_a_block, count_steps, E_PAD, TOP_K, K_PAD, COUNT_N)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "steps"])
+@triton.jit(do_not_specialize=["num_tokens", "tokens_a_block", "count_steps"])
 def count_pairs(
     ids_ptr,
     counts_ptr,
     num_tokens,
     stride_e,
-    steps,
+    tokens_a_block,
+    count_steps,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    COUNT_N: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """counts_CKE of expert ids that somebody else chose."""
-    counts_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
     follow(PDL)
-    step = 0
-    while step < steps:
-        n = (tl.program_id(0) * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)
-        in_n = n < num_tokens
-        for slot in tl.static_range(TOP_K):
-            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
-            counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
-        step += 1
-    store_counts(counts_ptr, counts_KE, stride_e, TOP_K, K_PAD, E_PAD)
+    count_block(ids_ptr, counts_ptr, num_tokens, stride_e, tokens_a_block, count_steps, E_PAD, TOP_K, K_PAD, COUNT_N)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "num_blocks", "tokens_a_block", "steps", "c_steps"])
