@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, follow, of_layer
+from phatgoose.kernels.scoring import follow, keys_of_one, of_layer, score_of
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -75,33 +75,48 @@ def shrink_few(
     in_row = (slot < TOP_K) & (r < rank)
     follow(PDL)
     if ROUTE:
-        weights_NK, ids_NK = choose(
+        e = tl.arange(0, E_PAD)
+        keys_E = keys_of_one(
             dots_ptr + g * SPLITS * num_tokens * stride_e,
             stats_ptr,
             of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
             of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
-            token + tl.arange(0, 1),
+            token,
             num_tokens,
             num_experts,
             in_features,
             stride_e,
             stride_bias,
             eps,
-            temperature,
             SPLITS,
             E_PAD,
-            TOP_K,
-            K_PAD,
             HAS_BIAS,
-            H_AXIS=0,
         )
+        # the rule of `scoring.choose`, in scalars: an axis of one token would be carried through shared memory
+        weight_KR = tl.zeros([K_PAD * R_PAD], tl.float32)
+        expert_KR = tl.zeros([K_PAD * R_PAD], tl.int32)
+        weight_K = tl.zeros([K_PAD], tl.float32)
+        expert_K = tl.zeros([K_PAD], tl.int32)
+        first, total = 0.0, 0.0
+        for slot_k in tl.static_range(TOP_K):
+            best = tl.max(keys_E, axis=0)
+            expert = tl.minimum(tl.min(tl.where(keys_E == best, e, E_PAD), axis=0), num_experts - 1)
+            keys_E = tl.where(e == expert, -0x80000000, keys_E)
+            score = score_of(best) / temperature
+            if slot_k == 0:
+                first = tl.where(score == float("-inf"), 0.0, score)
+            weight = tl.exp(score - first)
+            total += weight
+            weight_KR = tl.where(slot == slot_k, weight, weight_KR)
+            expert_KR = tl.where(slot == slot_k, expert, expert_KR)
+            weight_K = tl.where(k == slot_k, weight, weight_K)
+            expert_K = tl.where(k == slot_k, expert, expert_K)
+        total = tl.where(total == 0.0, 1.0, total)
         if split == 0:
-            at = token * TOP_K + k[None, :]
-            tl.store(weights_ptr + at, weights_NK, mask=(k < TOP_K)[None, :])
-            tl.store(ids_ptr + at, ids_NK.to(tl.int64), mask=(k < TOP_K)[None, :])
-        is_row = slot[:, None] == k[None, :]
-        weight_KR = tl.sum(tl.where(is_row, weights_NK, 0.0), axis=1)
-        expert_KR = tl.sum(tl.where(is_row, ids_NK, 0), axis=1).to(tl.int64)
+            tl.store(weights_ptr + token * TOP_K + k, weight_K / total, mask=k < TOP_K)
+            tl.store(ids_ptr + token * TOP_K + k, expert_K.to(tl.int64), mask=k < TOP_K)
+        weight_KR = weight_KR / total
+        expert_KR = expert_KR.to(tl.int64)
     else:
         weight_KR = tl.load(weights_ptr + token * TOP_K + slot, mask=in_row, other=0.0).to(tl.float32)
         expert_KR = tl.load(ids_ptr + token * TOP_K + slot, mask=in_row, other=0)
@@ -164,9 +179,9 @@ def expand_few(
         expert = tl.load(ids_ptr + token * TOP_K + slot)
         b_row = (expert * rank + r) * out_features
         b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
+        # S x R, not R x S: else h would bring B into its own arrangement, through shared memory
         at_S = ((s * num_tokens + token) * TOP_K + slot) * rank
-        h_RS = tl.load(h_ptr + at_S[None, :] + r[:, None], mask=in_r[:, None], other=0.0)
-        h_R = tl.sum(h_RS, axis=1)
+        h_R = tl.sum(tl.load(h_ptr + at_S[:, None] + r[None, :], mask=in_r[None, :], other=0.0), axis=0)
         update_O += tl.sum(h_R[:, None] * b_RO.to(tl.float32), axis=0)
     y_O = (y_O.to(tl.float32) + update_O).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + token * stride_y + o, y_O, mask=in_o)

@@ -151,9 +151,51 @@ def partial_scores(
 
 
 @triton.jit
-def per_token(t_N, H_AXIS: tl.constexpr):
-    """t_N with the other two axes of X (see `choose`)."""
-    return tl.expand_dims(tl.expand_dims(t_N, 1), H_AXIS)
+def keys(scores, in_e):
+    """Integers in the order of scores, with room below -inf for "taken" and "no expert". NaN is the largest."""
+    scores = tl.where(scores == 0.0, 0.0, scores)  # -0 and 0 tie
+    bits = scores.to(tl.int32, bitcast=True)
+    found = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    found = tl.where(scores != scores, 0x7FFFFFFF, found)
+    return tl.where(in_e, found, -0x80000000)
+
+
+@triton.jit
+def score_of(key):
+    """What `keys` made a key of."""
+    return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def keys_of_one(
+    dots_ptr,
+    stats_ptr,
+    sums_ptr,
+    bias_ptr,
+    token,
+    num_tokens,
+    num_experts,
+    in_features,
+    stride_e,
+    stride_bias,
+    eps,
+    SPLITS: tl.constexpr,
+    E_PAD: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """keys_E of one token."""
+    e = tl.arange(0, E_PAD)
+    in_e = e < num_experts
+    dots_E = tl.zeros([E_PAD], tl.float32)
+    for split in tl.static_range(SPLITS):
+        dots_E += tl.load(dots_ptr + (token + split * num_tokens) * stride_e + e, mask=e < stride_e, other=0.0)
+    stats_S = stats_ptr + (token + tl.arange(0, SPLITS) * num_tokens) * 2
+    mean = tl.sum(tl.load(stats_S), axis=0) / in_features
+    variance = tl.maximum(tl.sum(tl.load(stats_S + 1), axis=0) / in_features - mean * mean, 0.0)
+    scores_E = (dots_E - mean * tl.load(sums_ptr + e, mask=in_e, other=0.0)) * (1.0 / tl.sqrt(variance + eps))
+    if HAS_BIAS:
+        scores_E += tl.load(bias_ptr + token * stride_bias + e, mask=in_e, other=0.0)
+    return keys(scores_E, in_e)
 
 
 @triton.jit
@@ -175,55 +217,49 @@ def choose(
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    H_AXIS: tl.constexpr,
 ):
     """(weights_NK, ids_NK) of the tokens `n`, padded to K_PAD.
 
     The larger score wins, and of equal ones the lower expert id. NaN counts as
     the largest. A token whose scores are all -inf gets weights of 0.
     """
-    # Axes X: E as H x C, and N. With N first (H_AXIS 1), for as many tokens as warps, a warp has all of a token's C
-    # numbers and a thread those of all H, so that no maximum waits for other warps. For one token H is 1.
-    C: tl.constexpr = E_PAD if H_AXIS == 0 or E_PAD < 128 else 128
+    # E as H x C: then, for as many tokens as warps, a warp has all of a token's C numbers and a thread those of all H,
+    # so that no maximum waits for other warps
+    C: tl.constexpr = E_PAD if E_PAD < 128 else 128
     in_n = n < num_tokens
-    n_X = per_token(n, H_AXIS)
-    e_X = tl.expand_dims(tl.arange(0, E_PAD // C)[:, None], 1 - H_AXIS) * C + tl.arange(0, C)[None, None, :]
-    in_e = e_X < num_experts
-    dots_X = tl.zeros((n_X + e_X).shape, tl.float32)
+    n_NHC = n[:, None, None]
+    e_NHC = tl.arange(0, E_PAD // C)[None, :, None] * C + tl.arange(0, C)[None, None, :]
+    in_e = e_NHC < num_experts
+    dots_NHC = tl.zeros((n_NHC + e_NHC).shape, tl.float32)
     for split in tl.static_range(SPLITS):
-        at_X = (n_X + split * num_tokens) * stride_e + e_X
-        dots_X += tl.load(dots_ptr + at_X, mask=per_token(in_n, H_AXIS) & (e_X < stride_e), other=0.0)
+        at_NHC = (n_NHC + split * num_tokens) * stride_e + e_NHC
+        dots_NHC += tl.load(dots_ptr + at_NHC, mask=in_n[:, None, None] & (e_NHC < stride_e), other=0.0)
     stats_NS = stats_ptr + (n[:, None] + tl.arange(0, SPLITS)[None, :] * num_tokens) * 2
     sum_N = tl.sum(tl.load(stats_NS, mask=in_n[:, None], other=0.0), axis=1)
     square_N = tl.sum(tl.load(stats_NS + 1, mask=in_n[:, None], other=0.0), axis=1)
     mean_N = sum_N / in_features
     variance_N = tl.maximum(square_N / in_features - mean_N * mean_N, 0.0)
     rstd_N = 1.0 / tl.sqrt(variance_N + eps)
-    sums_X = tl.load(sums_ptr + e_X, mask=in_e, other=0.0)
-    scores_X = (dots_X - per_token(mean_N, H_AXIS) * sums_X) * per_token(rstd_N, H_AXIS)
+    sums_NHC = tl.load(sums_ptr + e_NHC, mask=in_e, other=0.0)
+    scores_NHC = (dots_NHC - mean_N[:, None, None] * sums_NHC) * rstd_N[:, None, None]
     if HAS_BIAS:
-        at_X = n_X * stride_bias + e_X
-        scores_X += tl.load(bias_ptr + at_X, mask=per_token(in_n, H_AXIS) & in_e, other=0.0)
+        at_NHC = n_NHC * stride_bias + e_NHC
+        scores_NHC += tl.load(bias_ptr + at_NHC, mask=in_n[:, None, None] & in_e, other=0.0)
 
-    # integers in the order of the scores leave room below -inf for "taken" and "no expert"
-    scores_X = tl.where(scores_X == 0.0, 0.0, scores_X)  # -0 and 0 tie
-    bits_X = scores_X.to(tl.int32, bitcast=True)
-    keys_X = tl.where(bits_X < 0, bits_X ^ 0x7FFFFFFF, bits_X)
-    keys_X = tl.where(scores_X != scores_X, 0x7FFFFFFF, keys_X)
-    keys_X = tl.where(in_e, keys_X, -0x80000000)
+    keys_NHC = keys(scores_NHC, in_e)
     k = tl.arange(0, K_PAD)
     top_NK = tl.full([n.shape[0], K_PAD], -0x80000000, tl.int32)
     ids_NK = tl.zeros([n.shape[0], K_PAD], tl.int32)
     for slot_k in tl.static_range(TOP_K):
         # two plain reductions: each is one instruction for a warp
-        best_N = tl.max(tl.max(keys_X, axis=2), axis=H_AXIS)
-        ties_X = tl.where(keys_X == per_token(best_N, H_AXIS), e_X, E_PAD)
-        id_N = tl.minimum(tl.min(tl.min(ties_X, axis=2), axis=H_AXIS), num_experts - 1)
+        best_N = tl.max(tl.max(keys_NHC, axis=2), axis=1)
+        ties_NHC = tl.where(keys_NHC == best_N[:, None, None], e_NHC, E_PAD)
+        id_N = tl.minimum(tl.min(tl.min(ties_NHC, axis=2), axis=1), num_experts - 1)
         top_NK = tl.where(k[None, :] == slot_k, best_N[:, None], top_NK)
         ids_NK = tl.where(k[None, :] == slot_k, id_N[:, None], ids_NK)
-        keys_X = tl.where(e_X == per_token(id_N, H_AXIS), -0x80000000, keys_X)
+        keys_NHC = tl.where(e_NHC == id_N[:, None, None], -0x80000000, keys_NHC)
 
-    chosen_NK = tl.where(top_NK < 0, top_NK ^ 0x7FFFFFFF, top_NK).to(tl.float32, bitcast=True) / temperature
+    chosen_NK = score_of(top_NK) / temperature
     chosen_NK = tl.where(k[None, :] < TOP_K, chosen_NK, float("-inf"))
     best_N = tl.max(chosen_NK, axis=1)
     best_N = tl.where(best_N == float("-inf"), 0.0, best_N)

@@ -112,10 +112,9 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
         scores=scores,
         shrink_splits=_splits(layers * num_tokens, in_features, 256, most=16),
         shrink_block_i=256,
-        expand_block_o=128 if num_tokens <= 4 else 256,
-        # one: a thread then has all of R of its columns, and sums over R without the others; that is less work, but
-        # for few programs the wait is what counts
-        expand_warps=4 if num_tokens <= 4 else 1,
+        # one warp: a thread then has all of R of its columns (or a quarter), and sums without the other warps
+        expand_block_o=64 if num_tokens <= 4 else 256,
+        expand_warps=1,
         pdl=num_tokens <= MOST_TOKENS_PDL,
     )
 

@@ -123,7 +123,6 @@ def choose_many(
             TOP_K,
             K_PAD,
             HAS_BIAS,
-            H_AXIS=1,
         )
         at_NK = n[:, None] * TOP_K + k[None, :]
         mask_NK = (n < num_tokens)[:, None] & (k < TOP_K)[None, :]
