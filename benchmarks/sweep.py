@@ -49,6 +49,7 @@ MANY: Mapping[str, Sequence[Any]] = {
     "expand_rows": (16, 32, 64),
     "expand_block_o": (64, 128, 256, 512),
     "expand_warps": (2, 4, 8),
+    "expand_blocks": (1, 2, 4, 8),
     "expand_bytes": (8 << 20, 16 << 20, 24 << 20, 1 << 40),
 }
 

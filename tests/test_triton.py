@@ -26,7 +26,7 @@ from test_kernels import Shape
 from phatgoose.kernels import settings
 from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linears_after
+from phatgoose.kernels.sorted_launches import add_many, add_many_shared, blocks_a_program, linears_after
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -196,6 +196,17 @@ def test_updates_by_ranges_of_columns(columns: int) -> None:
     assert torch.equal(y_NO, at_once_NO)
 
 
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_programs_that_take_several_blocks_of_columns(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = make_layer(MIDDLE._replace(outputs=200), torch.float32)  # seven blocks, the last one not full
+    question = ask(layer, 2)
+    alone_NO, _ = add("many", layer, question, expand_block_o=32, expand_blocks=1)
+    monkeypatch.setattr("phatgoose.kernels.sorted_launches.PROGRAMS", 1)
+    y_NO, choice = add("many", layer, question, expand_block_o=32, expand_blocks=blocks)
+    check_y(y_NO, layer, choice)
+    assert torch.equal(y_NO, alone_NO)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_ties_go_to_the_lower_id(kernel: str) -> None:
     layer = make_layer(MIDDLE, torch.float32)
@@ -341,6 +352,14 @@ def test_nothing_grows_with_tokens_times_experts_times_features(kernel: str) -> 
         add(kernel, layer, question)
     assert 0 < seen.numel <= splits * shape.tokens * max(shape.experts, shape.top_k * shape.rank)
     assert seen.numel < shape.tokens * shape.experts * shape.rank
+
+
+def test_programs_enough_for_a_gpu() -> None:
+    many = dataclasses.replace(settings.many(4096, 2, 166, 4096), expand_blocks=4)
+    found = [
+        blocks_a_program(tiles, blocks, many) for tiles, blocks in ((1, 1), (288, 8), (288, 4), (288, 100), (20, 8))
+    ]
+    assert found == [1, 4, 2, 4, 1]
 
 
 def test_settings_fit_every_shape() -> None:

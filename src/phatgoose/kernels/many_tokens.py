@@ -106,6 +106,7 @@ def expand_many(
     R_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
+    BLOCKS: tl.constexpr,
     WRITE: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -122,18 +123,20 @@ def expand_many(
         n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
         r = tl.arange(0, R_PAD)
         in_r = r < rank
-        o = first_o + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-        in_o = o < last_o
         b_row = (expert.to(tl.int64) * rank + r) * out_features
-        b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
-        y_at = y_ptr + n[:, None] * stride_y + o[None, :]
-        in_mo = in_m[:, None] & in_o[None, :]
-        y_MO = tl.zeros([ROWS, BLOCK_O], y_ptr.dtype.element_ty)
-        if not WRITE:
-            y_MO = tl.load(y_at, mask=in_mo, other=0.0)
         h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
         for split in tl.static_range(SPLITS):
             at_M = (m + split * num_pairs).to(tl.int64) * rank
             h_MR += tl.load(h_ptr + at_M[:, None] + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        update_MO = product(h_MR.to(b_RO.dtype), b_RO, tl.zeros([ROWS, BLOCK_O], tl.float32), UPCAST)
-        tl.store(y_at, (y_MO.to(tl.float32) + update_MO).to(y_ptr.dtype.element_ty), mask=in_mo)
+        # four reads, each waiting for the one before, have led here: several blocks of columns follow
+        for block in tl.range(0, BLOCKS):
+            o = first_o + (tl.program_id(1) * BLOCKS + block) * BLOCK_O + tl.arange(0, BLOCK_O)
+            in_o = o < last_o
+            b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
+            y_at = y_ptr + n[:, None] * stride_y + o[None, :]
+            in_mo = in_m[:, None] & in_o[None, :]
+            y_MO = tl.zeros([ROWS, BLOCK_O], y_ptr.dtype.element_ty)
+            if not WRITE:
+                y_MO = tl.load(y_at, mask=in_mo, other=0.0)
+            update_MO = product(h_MR.to(b_RO.dtype), b_RO, tl.zeros([ROWS, BLOCK_O], tl.float32), UPCAST)
+            tl.store(y_at, (y_MO.to(tl.float32) + update_MO).to(y_ptr.dtype.element_ty), mask=in_mo)

@@ -63,7 +63,7 @@ class Many:
     """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16.
 
     `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
-    in the L2 cache when the next slot reads it.
+    in the L2 cache when the next slot reads it. `expand_blocks`: of columns, that one program takes at most.
     """
 
     scores: Scores
@@ -77,6 +77,7 @@ class Many:
     expand_rows: int
     expand_block_o: int
     expand_bytes: int = 16 << 20
+    expand_blocks: int = 4
     choose_warps: int = 8
     place_warps: int = 16
     shrink_warps: int = 4

@@ -25,7 +25,7 @@ from phatgoose.kernels.launches import (
     three,
 )
 from phatgoose.kernels.many_tokens import expand_many, shrink_many
-from phatgoose.kernels.settings import Many, power_of_two
+from phatgoose.kernels.settings import PROGRAMS, Many, power_of_two
 from phatgoose.kernels.sorting import choose_many, count_pairs, place_pairs
 
 
@@ -264,9 +264,11 @@ def _expand(
     """y_NO += B h of one layer; with `write` y_NO = B h."""
     num_tokens, (num_experts, rank, out_features) = y_NO.shape[0], b_ERO.shape
     tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
-    for first_o, last_o in _columns(num_tokens * y_NO.element_size(), out_features, settings):
+    ranges = _columns(num_tokens * y_NO.element_size(), out_features, settings)
+    blocks = blocks_a_program(tiles, triton.cdiv(ranges[0][1], settings.expand_block_o), settings)
+    for first_o, last_o in ranges:
         for slot in range(top_k):
-            expand_many[(tiles, triton.cdiv(last_o - first_o, settings.expand_block_o))](
+            expand_many[(tiles, triton.cdiv(last_o - first_o, settings.expand_block_o * blocks))](
                 y_NO,
                 h_SMR,
                 b_ERO,
@@ -287,10 +289,17 @@ def _expand(
                 R_PAD=max(16, power_of_two(rank)),
                 ROWS=settings.expand_rows,
                 BLOCK_O=settings.expand_block_o,
+                BLOCKS=blocks,
                 WRITE=write and slot == 0,
                 UPCAST=not y_NO.is_cuda,
                 **options(settings.pdl and y_NO.is_cuda, settings.expand_warps),
             )
+
+
+def blocks_a_program(tiles: int, blocks: int, settings: Many) -> int:
+    """Blocks of columns (a power of two) that one program takes, where four programs a multiprocessor remain."""
+    most = max(1, tiles * blocks // (4 * PROGRAMS))
+    return min(settings.expand_blocks, power_of_two(most + 1) // 2)
 
 
 def _columns(bytes_a_column: int, out_features: int, settings: Many) -> list[tuple[int, int]]:
