@@ -112,13 +112,17 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
 
 
 def with_bases(x_NI: torch.Tensor, offsets: Sequence[torch.Tensor | None], a_ERI: torch.Tensor, top_k: int) -> bool:
-    """Whether the base layers are launched with the rest, beside it or after it."""
+    """Whether the base layers are launched with the rest, beside it or after it.
+
+    Beside it only while a graph is captured: without one, decoding waits for the host, and two streams are more work.
+    """
     from phatgoose.kernels import settings
 
     if len(x_NI) == 0 or top_k > MOST_TOP_K:
         return False
     if settings.takes_few(len(x_NI), top_k):
-        return settings.takes_beside(len(x_NI), top_k, len(a_ERI))
+        pays = settings.takes_beside(len(x_NI), top_k, len(a_ERI))
+        return pays and torch.cuda.is_current_stream_capturing()
     return settings.BASE_AFTER and all(bias_O is None for bias_O in offsets)
 
 

@@ -70,7 +70,7 @@ def routed_linear(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A linear layer and `route_and_add_`; on CUDA and for few tokens at the same time.
+    """A linear layer and `route_and_add_`; in CUDA graphs and for few tokens at the same time.
 
     Args:
         weight_OI, bias_O: the base layer's.

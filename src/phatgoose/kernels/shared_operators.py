@@ -60,7 +60,7 @@ def routed_linears(
     eps: float,
     temperature: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    """Two or three linear layers of one x and `route_and_add_shared_`; on CUDA and for few tokens at the same time.
+    """Two or three linear layers of one x and `route_and_add_shared_`; in CUDA graphs and for few tokens at once.
 
     Args:
         weights, offsets: weight_OI and bias_O of each base layer, all of one dtype.
