@@ -105,30 +105,31 @@ def partial_scores(
     follow(PDL)
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
-        sum_N = tl.zeros([BLOCK_N], tl.float32)
-        square_N = tl.zeros([BLOCK_N], tl.float32)
+        sum_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+        square_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
             mask_NI = in_n[:, None] & (i < in_features)[None, :]
             x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
-            sum_N += tl.sum(x_NI, axis=1)
-            square_N += tl.sum(x_NI * x_NI, axis=1)
-        tl.store(stats_ptr + slot * 2, sum_N, mask=in_n)
-        tl.store(stats_ptr + slot * 2 + 1, square_N, mask=in_n)
+            sum_NI += x_NI
+            square_NI += x_NI * x_NI
+        tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
+        tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
         return
 
     if BLOCK_N == 1:
         acc_EI = tl.zeros([BLOCK_E, BLOCK_I], tl.float32)
-        row = pid_n.to(tl.int64) * stride_x
+        # x once for each expert, from the L1 cache: read once, it would be carried through shared memory
+        row_E1 = pid_n.to(tl.int64) * stride_x + tl.zeros([BLOCK_E, 1], tl.int32)
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
             in_i = i < in_features
             in_ei = in_e[:, None] & in_i[None, :]
-            x_I = tl.load(x_ptr + row + i, mask=in_i, other=0.0).to(tl.float32)
+            x_EI = tl.load(x_ptr + row_E1 + i[None, :], mask=in_i[None, :], other=0.0).to(tl.float32)
             v_EI = tl.load(hi_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0).to(tl.float32)
             if HAS_LO:
                 v_EI += tl.load(lo_ptr + e_row[:, None] + i[None, :], mask=in_ei, other=0.0).to(tl.float32)
-            acc_EI += v_EI * x_I[None, :]
+            acc_EI += v_EI * x_EI
         dots_NE = tl.sum(acc_EI, axis=1)[None, :]
     else:
         # hi and lo as the rows of one operand: one product, which reads x from shared memory once
