@@ -99,8 +99,6 @@ def partial_scores(
     n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     in_n = n < num_tokens
-    in_e = e < num_experts
-    e_row = e.to(tl.int64) * in_features
     slot = split.to(tl.int64) * num_tokens + n
     follow(PDL)
 
@@ -119,6 +117,8 @@ def partial_scores(
 
     if BLOCK_N == 1:
         acc_EI = tl.zeros([BLOCK_E, BLOCK_I], tl.float32)
+        in_e = e < num_experts
+        e_row = e.to(tl.int64) * in_features
         # x once for each expert, from the L1 cache: read once, it would be carried through shared memory
         row_E1 = pid_n.to(tl.int64) * stride_x + tl.zeros([BLOCK_E, 1], tl.int32)
         for step in tl.range(0, STEPS):

@@ -5,11 +5,18 @@ Axes: G layers, N tokens, E experts, K chosen experts, I in-features, O out-feat
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch.nn import functional as F
 
 from phatgoose.kernels.dispatch import MOST_TOP_K, check, check_rows, check_shared, launch_with_bases, with_bases
 from phatgoose.kernels.routing_operators import route_and_add_
+
+if TYPE_CHECKING:
+    from phatgoose.kernels.launches import Question
+
+_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("phatgoose::route_and_add_shared_", mutates_args={"outputs"})
@@ -37,12 +44,7 @@ def route_and_add_shared_(
     Returns:
         (weights_GNK in fp32, expert_ids_GNK in int64).
     """
-    found = [
-        route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
-        for y_NO, layer in zip(outputs, _layers(downs, ups, his, los, sums, biases), strict=True)
-    ]
-    weights, expert_ids = zip(*found, strict=True)
-    return torch.stack(weights), torch.stack(expert_ids)
+    return _one_by_one(outputs, x_NI, _layers(downs, ups, his, los, sums, biases), top_k, eps, temperature)
 
 
 @torch.library.custom_op("phatgoose::routed_linears", mutates_args=())
@@ -68,10 +70,9 @@ def routed_linears(
     Returns:
         (y_NO of each, weights_GNK in fp32, expert_ids_GNK in int64).
     """
-    outputs = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, offsets, strict=True)]
+    outputs = _linears(x_NI, weights, offsets)
     rule = (top_k, eps, temperature)
-    choice = route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
-    return outputs, *choice
+    return outputs, *route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
 
 
 @route_and_add_shared_.register_kernel("cuda")
@@ -93,16 +94,8 @@ def _(
     num_tokens, in_features = x_NI.shape
     layers = _layers(downs, ups, his, los, sums, biases)
     if num_tokens == 0 or top_k > MOST_TOP_K:
-        found = [
-            route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature)
-            for y_NO, layer in zip(outputs, layers, strict=True)
-        ]
-        weights, expert_ids = zip(*found, strict=True)
-        return torch.stack(weights), torch.stack(expert_ids)
-    questions = [
-        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
-        for _, _, hi_EI, lo_EI, sums_E, bias_NE in layers
-    ]
+        return _one_by_one(outputs, x_NI, layers, top_k, eps, temperature)
+    questions = _questions(layers, top_k, eps, temperature)
     for a_ERI, b_ERO, question in zip(downs, ups, questions, strict=True):
         check(x_NI, a_ERI, b_ERO, question)
     check_shared(outputs, downs, biases)
@@ -136,18 +129,12 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-    from phatgoose.kernels import launches
-
+    rule = (top_k, eps, temperature)
     if not with_bases(x_NI, offsets, downs[0], top_k):
-        outputs = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, offsets, strict=True)]
-        rule = (top_k, eps, temperature)
-        found = route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
-        return outputs, *found
+        outputs = _linears(x_NI, weights, offsets)
+        return outputs, *route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
     check_shared(weights, downs, biases)
-    questions = [
-        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
-        for _, _, hi_EI, lo_EI, sums_E, bias_NE in _layers(downs, ups, his, los, sums, biases)
-    ]
+    questions = _questions(_layers(downs, ups, his, los, sums, biases), *rule)
     bases = list(zip(weights, offsets, strict=True))
     outputs, choice = launch_with_bases(x_NI, bases, downs, ups, questions)
     return outputs, *choice
@@ -191,6 +178,32 @@ def _(
     return outputs, x_NI.new_empty(shape, dtype=torch.float32), x_NI.new_empty(shape, dtype=torch.int64)
 
 
+def _linears(x_NI: torch.Tensor, weights: list[torch.Tensor], offsets: list[torch.Tensor | None]) -> list[torch.Tensor]:
+    """The base layers' outputs."""
+    return [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, offsets, strict=True)]
+
+
+def _one_by_one(
+    outputs: list[torch.Tensor], x_NI: torch.Tensor, layers: list[_Layer], top_k: int, eps: float, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route_and_add_` of each; the choices with an axis G in front."""
+    found = [
+        route_and_add_(y_NO, x_NI, *layer, top_k, eps, temperature) for y_NO, layer in zip(outputs, layers, strict=True)
+    ]
+    weights, expert_ids = zip(*found, strict=True)
+    return torch.stack(weights), torch.stack(expert_ids)
+
+
+def _questions(layers: list[_Layer], top_k: int, eps: float, temperature: float) -> list[Question]:
+    """What the kernels ask for each layer."""
+    from phatgoose.kernels import launches
+
+    return [
+        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
+        for _, _, hi_EI, lo_EI, sums_E, bias_NE in layers
+    ]
+
+
 def _layers(
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
@@ -198,7 +211,7 @@ def _layers(
     los: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
-) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]]:
+) -> list[_Layer]:
     """What each layer has, in the order of `route_and_add_`."""
     halves: list[torch.Tensor | None] = [*los] or [None] * len(his)
     return list(zip(downs, ups, his, halves, sums, biases, strict=True))
