@@ -91,6 +91,7 @@ class VllmUpdate:
         self.module, self.base, self.route = module, base, route
         self.num_experts, self.rank, _ = a_ERI.shape
         self.a_1ERI, self.b_1EOR = a_ERI[None].contiguous(), b_ERO.transpose(1, 2).contiguous()[None]
+        self.one_adapter = torch.ones(1, dtype=torch.int32)  # vLLM counts them on the host
         self._given: dict[int, tuple[torch.Tensor, ...]] = {}
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -105,7 +106,7 @@ class VllmUpdate:
         blocks |= {"num_warps": 4, "num_stages": 3, "split_k": 1}  # of kernels that short ranks do not take
         self.module.fused_moe_lora(
             updates_NKO, x_NI, [self.a_1ERI], [self.b_1EOR], weights_NK, pairs if len(pairs) else None, expert_ids,
-            length if len(pairs) else None, mapping_N, self.rank, top_k, one - one, torch.ones(1, dtype=torch.int32),
+            length if len(pairs) else None, mapping_N, self.rank, top_k, mapping_N[:1], self.one_adapter,
             one, **{f"{part}_{key}": value for part in ("shrink", "expand") for key, value in blocks.items()},
             add_inputs=False,
         )  # fmt: skip
@@ -136,7 +137,7 @@ def _stand_ins() -> dict[str, ModuleType]:
         return torch.cuda.get_device_properties(index).multi_processor_count if torch.cuda.is_available() else 1
 
     def unused(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError("not a kernel of short ranks")
+        raise RuntimeError("vLLM took a path that short ranks do not take")
 
     def not_registered(*_: Any, **__: Any) -> Any:
         raise AttributeError("vLLM's file then calls its functions without an operator")
