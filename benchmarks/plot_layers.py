@@ -148,11 +148,13 @@ def points(rows: Iterable[Mapping[str, str]]) -> list[Point]:
 
 def taken(row: Mapping[str, str]) -> str:
     """The method that `RoutedLinear` takes for a row's shape, as `routed_layer.py` calls it."""
-    tokens, experts, inputs = (int(row[name]) for name in ("tokens", "experts", "inputs"))
+    tokens, experts, inputs, outputs = (int(row[name]) for name in ("tokens", "experts", "inputs", "outputs"))
     few = settings.takes_few(tokens, TOP_K)
     chosen = settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
-    beside = ", beside the base" if few and settings.BASE_BESIDE else ""
-    return f"triton, {'few' if few else 'many'}{beside}{', pdl' if chosen.pdl else ''}"
+    name, pdl = f"triton, {'few' if few else 'many'}", ", pdl" if chosen.pdl else ""
+    if settings.takes_beside(tokens, TOP_K, experts, inputs * outputs):
+        return f"{name}, beside the base{pdl}"
+    return f"{name}, before the base" if settings.BASE_AFTER and not few else name + pdl
 
 
 def shape_of(row: Mapping[str, str]) -> str:

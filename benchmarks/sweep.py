@@ -36,11 +36,8 @@ MANY: Mapping[str, Sequence[Any]] = {
     "scores.stages": (2, 3, 4),
     "scores.splits": (1, 2, 4, 8),
     "scores.warps": (4, 8),
-    "choose_block_n": (4, 8, 16, 32),
-    "place_block_n": (8, 16, 32, 64),
-    "sort_block_c": (4, 8, 16, 32),
-    "most_blocks": (64, 128, 256),
-    "choose_warps": (4, 8),
+    "place_block_n": (512, 1024, 2048, 4096),
+    "place_warps": (2, 4, 8, 16),
     "shrink_rows": (16, 32, 64),
     "shrink_block_i": (64, 128, 256),
     "shrink_splits": (1, 2, 4),
@@ -49,7 +46,6 @@ MANY: Mapping[str, Sequence[Any]] = {
     "expand_rows": (16, 32, 64),
     "expand_block_o": (64, 128, 256, 512),
     "expand_warps": (2, 4, 8),
-    "expand_blocks": (1, 2, 4, 8),
     "expand_bytes": (8 << 20, 16 << 20, 24 << 20, 1 << 40),
 }
 

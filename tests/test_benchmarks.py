@@ -162,7 +162,7 @@ def test_model_with_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     model.main([*options.split(), "--switches", "none", "beside+shared+pdl", "after", "--out", str(out)])
     expected = ["triton", "triton, base beside, shared input, pdl", "triton, base after"]
     assert [row["backend"] for row in read(out)] == expected
-    assert model.switches_on() == "beside"
+    assert model.switches_on() == "beside+shared+after+pdl"
     with pytest.raises(SystemExit, match="unknown switches"):
         model.main([*options.split(), "--switches", "besides"])
 

@@ -14,7 +14,8 @@ import torch
 from conftest import llama, make_pool
 
 from phatgoose import kernels
-from phatgoose.kernels import BACKENDS, choose
+from phatgoose.errors import ConfigError
+from phatgoose.kernels import BACKENDS, choose, runs_numba
 from phatgoose.routed import RoutedModel
 
 IMPLEMENTED = [backend for backend in BACKENDS if backend != "auto"]
@@ -91,10 +92,20 @@ def check(backend: str, shape: Shape, dtype: torch.dtype, pattern: str = "random
         assert error <= EPS_UNITS[dtype] * torch.finfo(dtype).eps, name
 
 
+def check_without_gradient(backend: str, shape: Shape, dtype: torch.dtype, pattern: str = "random") -> None:
+    """Some backends do something else then."""
+    inputs, ids_NK = make_inputs(shape, dtype, pattern)
+    found, expected = kernels.mix_loras(*inputs, ids_NK, backend), oracle(inputs, ids_NK)[0]
+    assert found.shape == expected.shape and found.dtype == dtype
+    error = (found.double() - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()
+    assert error <= EPS_UNITS[dtype] * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("backend", IMPLEMENTED)
 def test_shapes(backend: str, shape: Shape) -> None:
     check(backend, shape, torch.float32)
+    check_without_gradient(backend, shape, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", EPS_UNITS, ids=str)
@@ -102,6 +113,7 @@ def test_shapes(backend: str, shape: Shape) -> None:
 @pytest.mark.parametrize("backend", IMPLEMENTED)
 def test_patterns_and_dtypes(backend: str, pattern: str, dtype: torch.dtype) -> None:
     check(backend, FULL, dtype, pattern)
+    check_without_gradient(backend, FULL, dtype, pattern)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -126,16 +138,28 @@ def test_padded_rank_changes_nothing(backend: str) -> None:
     torch.testing.assert_close(found, kernels.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK, backend))
 
 
-def test_auto_takes_every_fast_backend() -> None:
+@pytest.mark.parametrize("numba", [True, False])
+def test_auto_takes_every_fast_backend(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `choose` picks, and that "auto" is that backend to the bit."""
+    monkeypatch.setattr(kernels, "runs_numba", lambda dtype: numba)
     picked = set()
     for shape in SHAPES:
         inputs, ids_NK = make_inputs(shape, torch.float32)
-        backend = choose(shape.tokens, shape.top_k, shape.experts, shape.rank, on_cpu=True)
+        backend = choose(shape.tokens, shape.top_k, shape.experts, shape.rank, on_cpu=True, numba=numba)
         picked.add(backend)
         assert torch.equal(kernels.mix_loras(*inputs, ids_NK), kernels.mix_loras(*inputs, ids_NK, backend))
-    assert picked == {"vectors", "dense", "grouped"}
+    assert picked == {"vectors", "dense", "numba" if numba else "grouped"}
     assert choose(1, 2, 166, 16, on_cpu=False) == "gather"
+
+
+def test_numba_is_not_taken_where_it_would_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert runs_numba(torch.float32) and not runs_numba(torch.bfloat16)
+    runs_numba.cache_clear()
+    monkeypatch.setattr("phatgoose.kernels.find_spec", lambda name: None)
+    assert not runs_numba(torch.float32)
+    with pytest.raises(ConfigError, match=r"phatgoose\[numba\]"):
+        kernels.load("numba")
+    runs_numba.cache_clear()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

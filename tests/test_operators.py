@@ -126,7 +126,8 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("inside", [True, False])
 def test_base_layer_inside_the_operator(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = make_linear("reference")
-    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", inside)
+    for switch in ("BASE_BESIDE", "BASE_AFTER"):
+        monkeypatch.setattr(f"phatgoose.kernels.settings.{switch}", inside)
     beside = make_linear("triton")
     assert beside.beside == inside
     x = torch.randn(2, 3, INPUTS)

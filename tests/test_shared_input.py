@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from conftest import assert_close, llama, make_pool, t5, token_ids
 
 from phatgoose import kernels
+from phatgoose.kernels import settings
 from phatgoose.kernels.prototypes import split
 from phatgoose.routed import RoutedModel
 from phatgoose.routed_linear import RoutedLinear
@@ -21,7 +23,8 @@ TOKENS, EXPERTS, RANK, INPUTS = 5, 7, 8, 24
 def models(factory: Any, folder: Path, **options: Any) -> tuple[RoutedModel, RoutedModel]:
     """One whose layers share their inputs, and one whose do not."""
     pool = make_pool(factory, folder)
-    shared, alone = (RoutedModel.from_pool(factory(), pool, backend="triton", **options) for _ in range(2))
+    with mock.patch.object(settings, "SHARE_INPUT", False):
+        shared, alone = (RoutedModel.from_pool(factory(), pool, backend="triton", **options) for _ in range(2))
     share_inputs(shared.routed_linears().items())
     return shared, alone
 
@@ -101,7 +104,8 @@ def test_the_operator_with_the_base_layers_is_both() -> None:
 def test_models_agree_however_the_base_layers_run(
     beside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", beside)
+    for switch in ("BASE_BESIDE", "BASE_AFTER"):
+        monkeypatch.setattr(settings, switch, beside)
     shared, alone = models(llama, tmp_path)
     assert all(linear.beside == beside for linear in shared.routed_linears().values())
     counted = calls(monkeypatch)
@@ -123,11 +127,11 @@ def test_which_layers_share(tmp_path: Path) -> None:
     assert groups(models(llama, tmp_path / "arrow", router="arrow")[0]) == {}
 
 
-def test_off_unless_switched_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_on_unless_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pool = make_pool(llama, tmp_path)
-    assert groups(RoutedModel.from_pool(llama(), pool, backend="triton")) == {}
-    monkeypatch.setattr("phatgoose.kernels.settings.SHARE_INPUT", True)
     assert len(groups(RoutedModel.from_pool(llama(), pool, backend="triton"))) == 4
+    monkeypatch.setattr(settings, "SHARE_INPUT", False)
+    assert groups(RoutedModel.from_pool(llama(), pool, backend="triton")) == {}
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior"])
@@ -166,7 +170,7 @@ def test_many_tokens(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     counted = calls(monkeypatch)
     many = token_ids(5, 20)
     with torch.no_grad():
-        assert torch.equal(shared(input_ids=many).logits, alone(input_ids=many).logits)
+        assert_close(shared(input_ids=many).logits, alone(input_ids=many).logits)
     assert counted == [3, 2] * 2
 
 

@@ -26,7 +26,7 @@ from test_kernels import Shape
 from phatgoose.kernels import settings
 from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, add_many_shared, blocks_a_program, linears_after
+from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linears_after, narrow_ids, sort_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -176,14 +176,31 @@ def test_given_routing(kernel: str, pattern: str) -> None:
     check_y(y_NO, layer, choice)
 
 
-@pytest.mark.parametrize("place_block_n", [16, 64])  # several steps; more than a program's 48 tokens at once
-@pytest.mark.parametrize("most_blocks", [1, 3])
-def test_programs_that_take_several_blocks(most_blocks: int, place_block_n: int) -> None:
-    layer = make_layer(MIDDLE._replace(tokens=130), torch.float32)
-    blocks = {"most_blocks": most_blocks, "choose_block_n": 16, "place_block_n": place_block_n, "sort_block_c": 2}
-    y_NO, choice = add("many", layer, ask(layer, 2), **blocks)
+@pytest.mark.parametrize("tokens", [16, 130])
+@pytest.mark.parametrize("place_block_n", [16, 32])
+def test_pairs_placed_in_several_steps(place_block_n: int, tokens: int) -> None:
+    layer = make_layer(MIDDLE._replace(tokens=tokens), torch.float32)
+    y_NO, choice = add("many", layer, ask(layer, 2), place_block_n=place_block_n)
     check_choice(choice, true_scores(layer), SCORE_ERROR[torch.float32])
     check_y(y_NO, layer, choice)
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+@pytest.mark.parametrize("pattern", routings(MIDDLE._replace(tokens=130)))
+def test_tiles_cover_every_pair_once(pattern: str, rows: int) -> None:
+    ids_NK = routings(MIDDLE._replace(tokens=130))[pattern].to(DEVICE)
+    many = dataclasses.replace(settings.many(130, 2, MIDDLE.experts, 64), shrink_rows=16, expand_rows=rows)
+    found = sort_pairs(narrow_ids(ids_NK.unsqueeze(0)), 130, MIDDLE.experts, many).of_layer(0)
+    key = ids_NK * 2 + torch.arange(2, device=DEVICE)  # an expert's pairs of slot 0 first
+    assert torch.equal(found.pairs_M.long(), key.flatten().argsort(stable=True))
+    slots = [(found.shrink_tiles_3T, 16, None)] + [(found.expand_tiles_K3T[k], rows, k) for k in range(2)]
+    for tiles_3T, tile_rows, slot in slots:
+        seen = []
+        for expert, first, end in tiles_3T.T.tolist():
+            pairs = found.pairs_M[first : min(end, first + tile_rows)].tolist()
+            assert all(int(ids_NK.flatten()[pair]) == expert for pair in pairs)
+            seen += pairs
+        assert sorted(seen) == [pair for pair in range(260) if slot is None or pair % 2 == slot]
 
 
 @pytest.mark.parametrize("columns", [1, 64, 100])
@@ -194,17 +211,6 @@ def test_updates_by_ranges_of_columns(columns: int) -> None:
     check_y(y_NO, layer, choice)
     at_once_NO, _ = add("many", layer, question, expand_block_o=32)
     assert torch.equal(y_NO, at_once_NO)
-
-
-@pytest.mark.parametrize("blocks", [2, 4])
-def test_programs_that_take_several_blocks_of_columns(blocks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = make_layer(MIDDLE._replace(outputs=200), torch.float32)  # seven blocks, the last one not full
-    question = ask(layer, 2)
-    alone_NO, _ = add("many", layer, question, expand_block_o=32, expand_blocks=1)
-    monkeypatch.setattr("phatgoose.kernels.sorted_launches.PROGRAMS", 1)
-    y_NO, choice = add("many", layer, question, expand_block_o=32, expand_blocks=blocks)
-    check_y(y_NO, layer, choice)
-    assert torch.equal(y_NO, alone_NO)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -354,14 +360,6 @@ def test_nothing_grows_with_tokens_times_experts_times_features(kernel: str) -> 
     assert seen.numel < shape.tokens * shape.experts * shape.rank
 
 
-def test_programs_enough_for_a_gpu() -> None:
-    many = dataclasses.replace(settings.many(4096, 2, 166, 4096), expand_blocks=4)
-    found = [
-        blocks_a_program(tiles, blocks, many) for tiles, blocks in ((1, 1), (288, 8), (288, 4), (288, 100), (20, 8))
-    ]
-    assert found == [1, 4, 2, 4, 1]
-
-
 def test_settings_fit_every_shape() -> None:
     for tokens in (1, 2, 5, 31, 64, 65, 1000, 100_000):
         for experts in (1, 2, 33, 166, 1000, 4000):
@@ -370,7 +368,7 @@ def test_settings_fit_every_shape() -> None:
                 for scores in (few.scores, many.scores):
                     assert scores.splits == 1 or scores.splits * scores.block_i <= inputs
                 assert few.shrink_splits == settings.power_of_two(few.shrink_splits)
-                sizes = (many.choose_block_n, many.place_block_n, many.sort_block_c, many.shrink_rows, many.expand_rows)
+                sizes = (many.place_block_n, many.place_warps, many.shrink_rows, many.expand_rows)
                 for size in sizes:
                     assert size == settings.power_of_two(size)
                 assert min(many.shrink_rows, many.expand_rows) >= 16

@@ -12,7 +12,7 @@ from torch import nn
 
 from phatgoose import kernels
 from phatgoose.errors import RouterError
-from phatgoose.kernels import Backend
+from phatgoose.kernels import Backend, triton
 from phatgoose.kernels import settings as kernel_settings
 from phatgoose.kernels.prototypes import split
 from phatgoose.routers import Router, Routing
@@ -59,17 +59,21 @@ class RoutedLinear(WrappedLinear):
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
         self.fused = self.beside = False
-        if self.backend == "triton":
-            kernels.load("triton")  # registers its operators
-        if self.backend == "triton" and isinstance(router, Phatgoose) and router.standardises:
-            self.fused = True
+        # whether Numba's loops route and mix many tokens on a CPU
+        self.loops = False
+        if isinstance(router, Phatgoose) and router.standardises:
+            self.fused = self.backend == "triton"
+            self.loops = self.backend in ("auto", "numba") and kernels.runs_numba(self.a_ERI.dtype)
+        if self.fused or self.loops:
+            assert isinstance(router, Phatgoose)
             prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
             self.eps: float = router.eps
+            for name, tensor in prototypes._asdict().items():
+                self.register_buffer(name, tensor, persistent=False)
+        if self.fused:
             # then the operator computes the base layer: its weights are used, hooks on it are not called
             with_base = kernel_settings.BASE_BESIDE or kernel_settings.BASE_AFTER
             self.beside = with_base and type(base) is nn.Linear and "forward" not in vars(base)
-            for name, tensor in prototypes._asdict().items():
-                self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x of shape (..., I) -> (..., O), in the dtype that the base layer gives."""
@@ -82,13 +86,19 @@ class RoutedLinear(WrappedLinear):
         fused = self.fused and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord)
         if fused and self.beside and not _wants_gradients(x_NI, self.weight):
             question = self.question(len(x_NI))
-            y_NO, *choice = torch.ops.phatgoose.routed_linear(x_NI, self.weight, self.bias, *question)
+            y_NO, *choice = triton.call("routed_linear", x_NI, x_NI, self.weight, self.bias, *question)
             return self._recorded(Routing(*choice), x.shape, y_NO.view(*x.shape[:-1], -1))
         y: torch.Tensor = self.base(x)
         in_place = self.backend == "triton" and y.is_contiguous() and not _wants_gradients(x_NI, y)
         if fused and in_place:
             question = self.question(len(x_NI))
-            choice = torch.ops.phatgoose.route_and_add_(y.view(-1, y.shape[-1]), x_NI, *question)
+            choice = triton.call("route_and_add_", x_NI, y.view(-1, y.shape[-1]), x_NI, *question)
+            return self._recorded(Routing(*choice), x.shape, y)
+        if self.loops and self._takes_loops(x_NI, y):
+            from phatgoose.kernels import numba
+
+            a_ERI, b_ERO, hi_EI, _, sums_E, *rest = self.question(len(x_NI))
+            choice = numba.route_and_add(y.view(-1, y.shape[-1]), x_NI, a_ERI, b_ERO, hi_EI, sums_E, *rest)
             return self._recorded(Routing(*choice), x.shape, y)
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
@@ -125,7 +135,7 @@ class RoutedLinear(WrappedLinear):
         self.a_ERI[slot].copy_(stack.a_ERI[0])
         self.b_ERO[slot].copy_(stack.b_ERO[0])
         self.router.put(slot, router)
-        if self.fused:
+        if self.fused or self.loops:
             assert isinstance(router, Phatgoose)
             for name, one in split(router.prototypes_EI, self.a_ERI.dtype)._asdict().items():
                 if one is not None:
@@ -136,7 +146,7 @@ class RoutedLinear(WrappedLinear):
         device = self._base_device()
         self.a_ERI = self.a_ERI.to(device)
         self.b_ERO = self.b_ERO.to(device)
-        if self.fused:
+        if self.fused or self.loops:
             self.hi_EI, self.sums_E = self.hi_EI.to(device), self.sums_E.to(device)
             self.lo_EI = None if self.lo_EI is None else self.lo_EI.to(device)
         self.router.to(device)
@@ -153,6 +163,20 @@ class RoutedLinear(WrappedLinear):
                 added_NE = added_NE + term_NE
         prototypes = (self.hi_EI, self.lo_EI, self.sums_E)
         return self.a_ERI, self.b_ERO, *prototypes, added_NE, self.router.top_k, self.eps, self.router.temperature
+
+    def _takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
+        """Whether these tokens are many, on a CPU, and nobody has to follow what happens to them."""
+        if x_NI.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(self.record, ScoresRecord):
+            return False
+        if (
+            x_NI.dtype != torch.float32
+            or y.dtype != torch.float32
+            or not y.is_contiguous()
+            or _wants_gradients(x_NI, y)
+        ):
+            return False
+        num_experts, rank, _ = self.a_ERI.shape
+        return kernels.choose(len(x_NI), self.router.top_k, num_experts, rank, on_cpu=True, numba=True) == "numba"
 
     def _recorded(self, routing: Routing, shape: torch.Size, y: torch.Tensor) -> torch.Tensor:
         """y; the routing goes to the record, if there is one."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from phatgoose.kernels import triton
 from phatgoose.routers import Routing
 from phatgoose.trace import ScoresRecord
 
@@ -79,12 +80,12 @@ class SharedInput:
         question = (downs, ups, his, half, sums, biases, *(values[0] for values in rule))
         if all(linear.beside for linear in self.linears):
             bases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
-            flat, weights_GNK, expert_ids_GNK = torch.ops.phatgoose.routed_linears(x_NI, *bases, *question)
+            flat, weights_GNK, expert_ids_GNK = triton.call("routed_linears", x_NI, x_NI, *bases, *question)
             outputs = [y_NO.view(*x.shape[:-1], -1) for y_NO in flat]
         else:
             outputs = [linear.base(x).contiguous() for linear in self.linears]
             flat = [y.view(-1, y.shape[-1]) for y in outputs]
-            weights_GNK, expert_ids_GNK = torch.ops.phatgoose.route_and_add_shared_(flat, x_NI, *question)
+            weights_GNK, expert_ids_GNK = triton.call("route_and_add_shared_", x_NI, flat, x_NI, *question)
         routings = [Routing(weights_GNK[g], expert_ids_GNK[g]) for g in range(len(outputs))]
         return Held(x, _version(x), tuple(zip(outputs, routings, strict=True)))
 

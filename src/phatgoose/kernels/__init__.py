@@ -16,14 +16,16 @@ docs/performance.md.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from phatgoose.errors import ConfigError
 from phatgoose.kernels import dense, gather, grouped, reference, vectors
 
-Backend = Literal["auto", "reference", "vectors", "gather", "grouped", "dense", "triton"]
+Backend = Literal["auto", "reference", "vectors", "gather", "grouped", "dense", "numba", "triton"]
 BACKENDS: tuple[str, ...] = get_args(Backend)
 
 # (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
@@ -63,7 +65,8 @@ def mix_loras(
     if backend == "auto":
         # what is compiled must not read ids on the host either
         on_cpu = x_NI.device.type == "cpu" and not torch.compiler.is_compiling()
-        backend = choose(x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1], on_cpu=on_cpu)
+        shape = x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1]
+        backend = choose(*shape, on_cpu=on_cpu, numba=on_cpu and runs_numba(x_NI.dtype))
     return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
 
 
@@ -109,13 +112,19 @@ def mix_parameters(
     return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
 
 
-def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool) -> Backend:
-    """The PyTorch backend for a shape and a kind of device. Depends on nothing else: equal calls run equal code."""
+def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool, numba: bool = False) -> Backend:
+    """The backend for a shape and a kind of device, unless Triton's. Depends on nothing else: equal calls, equal code.
+
+    Args:
+        numba: whether `runs_numba`.
+    """
     # a CPU reads factors where they lie; reading ids on the host would stall a GPU
     if on_cpu and 2 * top_k <= num_experts and num_tokens * top_k <= min(32, num_experts // 2):
         return "vectors"
     if num_experts * rank <= 128 or 2 * top_k > num_experts:
         return "dense"
+    if numba:
+        return "numba"
     if num_tokens * top_k <= min(16, num_experts // 8):
         return "gather"
     if num_experts * rank <= 256 and num_tokens <= 64:
@@ -130,6 +139,13 @@ def load(backend: Backend) -> MixLoras:
         from phatgoose.kernels import triton
 
         return triton.mix_loras
+    if backend == "numba":
+        if find_spec("numba") is None:
+            raise ConfigError("the backend numba needs the package of that name", fix="pip install 'phatgoose[numba]'")
+        # imported when first used, because that takes a while
+        from phatgoose.kernels import numba
+
+        return numba.mix_loras
     return TORCH_BACKENDS[backend]
 
 
@@ -142,6 +158,12 @@ def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
         and dtype in TRITON_DTYPES
         and find_spec("triton") is not None
     )
+
+
+@cache
+def runs_numba(dtype: torch.dtype) -> bool:
+    """Whether layers on a CPU with factors in `dtype` may take "numba" for "auto"."""
+    return dtype == torch.float32 and find_spec("numba") is not None
 
 
 def _refuse_gradients(*tensors: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from phatgoose.kernels import TRITON_DTYPES, choose, load
+from phatgoose.kernels import TRITON_DTYPES, choose, load, runs_numba
 
 # the kernels unroll their loop over the chosen experts
 MOST_TOP_K = 8
@@ -27,7 +27,8 @@ def mix_with_torch(
 ) -> Any:
     """See `phatgoose.kernels.mix_loras`."""
     on_cpu = x_NI.device.type == "cpu"
-    backend = choose(x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1], on_cpu=on_cpu)
+    shape = x_NI.shape[0], ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1]
+    backend = choose(*shape, on_cpu=on_cpu, numba=on_cpu and runs_numba(x_NI.dtype))
     return load(backend)(x_NI, a_ERI, b_ERO, w_NK, ids_NK)
 
 
@@ -89,6 +90,11 @@ def check_rows(y_NO: torch.Tensor) -> None:
         raise ValueError(f"the rows of y have gaps (strides {y_NO.stride()})")
 
 
+def is_hopper(x_NI: torch.Tensor) -> bool:
+    """Whether kernels may start before the one in front has ended."""
+    return x_NI.is_cuda and torch.cuda.get_device_capability(x_NI.device) >= (9, 0)
+
+
 def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Any) -> Any:
     """Check what kernels would not notice, then launch."""
     # triton is imported here: the operators exist without it
@@ -104,26 +110,35 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
     if num_tokens == 0:
         return launches.empty_choice(x_NI, 1, top_k).of_layer(0) if asks else routing
     with torch.cuda.device(x_NI.device):
+        hopper = is_hopper(x_NI)
         if settings.takes_few(num_tokens, top_k):
-            few = settings.few(num_tokens, num_experts, in_features)
+            few = settings.few(num_tokens, num_experts, in_features, hopper=hopper)
             return launches.add_few(y_NO, x_NI, a_ERI, b_ERO, routing, few)
-        many = settings.many(num_tokens, top_k, num_experts, in_features)
+        many = settings.many(num_tokens, top_k, num_experts, in_features, hopper=hopper)
         return sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, routing, many)
 
 
-def with_bases(x_NI: torch.Tensor, offsets: Sequence[torch.Tensor | None], a_ERI: torch.Tensor, top_k: int) -> bool:
-    """Whether the base layers are launched with the rest, beside it or after it.
-
-    Beside it only while a graph is captured: without one, decoding waits for the host, and two streams are more work.
-    """
+def with_bases(
+    x_NI: torch.Tensor, bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]], a_ERI: torch.Tensor, top_k: int
+) -> bool:
+    """Whether the base layers (weight_OI and bias_O of each) are launched with the rest, beside it or after it."""
     from phatgoose.kernels import settings
 
     if len(x_NI) == 0 or top_k > MOST_TOP_K:
         return False
-    if settings.takes_few(len(x_NI), top_k):
-        pays = settings.takes_beside(len(x_NI), top_k, len(a_ERI))
-        return pays and torch.cuda.is_current_stream_capturing()
-    return settings.BASE_AFTER and all(bias_O is None for bias_O in offsets)
+    after = settings.BASE_AFTER and all(bias_O is None for _, bias_O in bases)
+    return _beside(x_NI, bases, a_ERI, top_k) or (after and not settings.takes_few(len(x_NI), top_k))
+
+
+def _beside(
+    x_NI: torch.Tensor, bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]], a_ERI: torch.Tensor, top_k: int
+) -> bool:
+    """Only while a graph is captured: without one, decoding waits for the host, and two streams are more work."""
+    from phatgoose.kernels import settings
+
+    weights = sum(weight_OI.numel() for weight_OI, _ in bases)
+    pays = settings.takes_beside(len(x_NI), top_k, len(a_ERI), weights)
+    return pays and torch.cuda.is_current_stream_capturing()
 
 
 def launch_with_bases(
@@ -151,9 +166,12 @@ def launch_with_bases(
     num_experts, top_k, layers = len(downs[0]), questions[0].top_k, len(downs)
     downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
     with torch.cuda.device(x_NI.device):
+        hopper = is_hopper(x_NI)
         if settings.takes_few(num_tokens, top_k):
-            few = settings.few(num_tokens, num_experts, in_features, layers)
+            few = settings.few(num_tokens, num_experts, in_features, layers, hopper=hopper)
             return launches.linears_and_add(x_NI, bases, downs, ups, questions, few)
-        many = settings.many(num_tokens, top_k, num_experts, in_features, layers)
+        many = settings.many(num_tokens, top_k, num_experts, in_features, layers, hopper=hopper)
+        if _beside(x_NI, bases, downs[0], top_k):
+            return sorted_launches.linears_beside(x_NI, bases, downs, ups, questions, many)
         weights = [weight_OI for weight_OI, _ in bases]
         return sorted_launches.linears_after(x_NI, weights, downs, ups, questions, many)

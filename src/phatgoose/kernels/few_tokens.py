@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import follow, keys_of_one, of_layer, score_of
+from phatgoose.kernels.scoring import choose, follow, keys_of_one, of_layer
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -67,7 +67,6 @@ def shrink_few(
     weights_ptr += g * num_tokens * TOP_K
     ids_ptr += g * num_tokens * TOP_K
     h_ptr += g * tl.num_programs(1) * num_tokens * TOP_K * rank
-    k = tl.arange(0, K_PAD)
     # the rows of all chosen A, one below the other: one loop, and x is read once
     row = tl.arange(0, K_PAD * R_PAD)
     slot = row // R_PAD
@@ -75,7 +74,6 @@ def shrink_few(
     in_row = (slot < TOP_K) & (r < rank)
     follow(PDL)
     if ROUTE:
-        e = tl.arange(0, E_PAD)
         keys_E = keys_of_one(
             dots_ptr + g * SPLITS * num_tokens * stride_e,
             stats_ptr,
@@ -92,31 +90,12 @@ def shrink_few(
             E_PAD,
             HAS_BIAS,
         )
-        # the rule of `scoring.choose`, in scalars: an axis of one token would be carried through shared memory
-        weight_KR = tl.zeros([K_PAD * R_PAD], tl.float32)
-        expert_KR = tl.zeros([K_PAD * R_PAD], tl.int32)
-        weight_K = tl.zeros([K_PAD], tl.float32)
-        expert_K = tl.zeros([K_PAD], tl.int32)
-        first, total = 0.0, 0.0
-        for slot_k in tl.static_range(TOP_K):
-            best = tl.max(keys_E, axis=0)
-            expert = tl.minimum(tl.min(tl.where(keys_E == best, e, E_PAD), axis=0), num_experts - 1)
-            keys_E = tl.where(e == expert, -0x80000000, keys_E)
-            score = score_of(best) / temperature
-            if slot_k == 0:
-                first = tl.where(score == float("-inf"), 0.0, score)
-            weight = tl.exp(score - first)
-            total += weight
-            weight_KR = tl.where(slot == slot_k, weight, weight_KR)
-            expert_KR = tl.where(slot == slot_k, expert, expert_KR)
-            weight_K = tl.where(k == slot_k, weight, weight_K)
-            expert_K = tl.where(k == slot_k, expert, expert_K)
-        total = tl.where(total == 0.0, 1.0, total)
-        if split == 0:
-            tl.store(weights_ptr + token * TOP_K + k, weight_K / total, mask=k < TOP_K)
-            tl.store(ids_ptr + token * TOP_K + k, expert_K.to(tl.int64), mask=k < TOP_K)
-        weight_KR = weight_KR / total
+        weight_KR, expert_KR = choose(keys_E, num_experts, temperature, slot, E_PAD, TOP_K)
         expert_KR = expert_KR.to(tl.int64)
+        if split == 0:
+            at_KR = token * TOP_K + slot
+            tl.store(weights_ptr + at_KR, weight_KR, mask=in_row & (r == 0))
+            tl.store(ids_ptr + at_KR, expert_KR, mask=in_row & (r == 0))
     else:
         weight_KR = tl.load(weights_ptr + token * TOP_K + slot, mask=in_row, other=0.0).to(tl.float32)
         expert_KR = tl.load(ids_ptr + token * TOP_K + slot, mask=in_row, other=0)

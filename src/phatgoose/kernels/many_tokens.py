@@ -5,10 +5,10 @@ once, so y is read, added to and written by one program, without atomics and wit
 It takes so many columns that they stay in the L2 cache from one slot to the next: then y goes through memory once,
 whatever K is. In one pass for all columns, y would go through memory K times.
 
-Grids come from shapes alone: as many tiles as the worst routing needs. Programs beyond the last tile end at once.
+Grids come from shapes alone: as many tiles as the worst routing needs. Programs of empty tiles end at once.
 
-Axes: G layers of one x, N tokens, E experts, K slots, M = N * K sorted pairs, I in-features, O out-features, R rank,
-S splits of I.
+Axes: G layers of one x, N tokens, E experts, K slots, M = N * K sorted pairs, T tiles, I in-features, O out-features,
+R rank, S splits of I.
 """
 
 from __future__ import annotations
@@ -19,56 +19,45 @@ import triton.language as tl
 from phatgoose.kernels.scoring import follow, of_layer, product
 
 
-@triton.jit
-def find_tile(ends_ptr, tile, num_experts, E_PAD: tl.constexpr):
-    """(expert, which of its tiles); expert = num_experts beyond the last tile."""
-    e = tl.arange(0, E_PAD)
-    ends_E = tl.load(ends_ptr + e, mask=e < num_experts, other=0x7FFFFFFF)
-    passed_E = ends_E <= tile
-    return tl.sum(passed_E.to(tl.int32)), tile - tl.max(tl.where(passed_E, ends_E, 0))
-
-
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
 def shrink_many(
     x_ptr,
     a0_ptr,
     a1_ptr,
     a2_ptr,
-    tokens_ptr,
-    sorted_weights_ptr,
-    begins_ptr,
-    ends_ptr,
+    pairs_ptr,
+    weights_ptr,
+    tiles_ptr,
     h_ptr,
     num_pairs,
-    num_experts,
+    num_tiles,
     in_features,
     rank,
     stride_x,
     LAYERS: tl.constexpr,
-    E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     R_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STEPS: tl.constexpr,
     UPCAST: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """h_GSMR: weight * (A x) of sorted pairs."""
     split = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
     a_ptr = of_layer(g, a0_ptr, a1_ptr, a2_ptr, LAYERS)
-    tokens_ptr += g * num_pairs
-    sorted_weights_ptr += g * num_pairs
-    begins_ptr += g * (num_experts * TOP_K // 16 + 1) * 16
-    ends_ptr += g * num_experts
+    pairs_ptr += g * num_pairs
+    weights_ptr += g * num_pairs
     h_ptr += g * tl.num_programs(1) * num_pairs * rank
-    follow(PDL)
-    expert, tile = find_tile(ends_ptr, tl.program_id(0), num_experts, E_PAD)
-    if expert < num_experts:
-        m = tl.load(begins_ptr + expert * TOP_K) + tile * ROWS + tl.arange(0, ROWS)
-        in_m = m < tl.load(begins_ptr + (expert + 1) * TOP_K)
-        n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
+    at = tiles_ptr + g * 3 * num_tiles + tl.program_id(0)
+    expert = tl.load(at)
+    first = tl.load(at + num_tiles)
+    end = tl.load(at + 2 * num_tiles)
+    if first < end:
+        m = first + tl.arange(0, ROWS)
+        in_m = m < end
+        pair_M = tl.load(pairs_ptr + m, mask=in_m, other=0).to(tl.int64)
+        n = pair_M // TOP_K
         r = tl.arange(0, R_PAD)
         in_r = r < rank
         a_row = (expert.to(tl.int64) * rank + r) * in_features
@@ -79,34 +68,31 @@ def shrink_many(
             x_MI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=in_m[:, None] & in_i[None, :], other=0.0)
             a_RI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0)
             h_MR = product(x_MI, a_RI.T, h_MR, UPCAST)
-        weights_M = tl.load(sorted_weights_ptr + m, mask=in_m, other=0.0)
+        weights_M = tl.load(weights_ptr + pair_M, mask=in_m, other=0.0).to(tl.float32)
         at_M = (split.to(tl.int64) * num_pairs + m) * rank
         tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR * weights_M[:, None], mask=in_m[:, None] & in_r[None, :])
 
 
-@triton.jit(do_not_specialize=["slot", "num_pairs"])
+@triton.jit(do_not_specialize=["slot", "num_pairs", "num_tiles"])
 def expand_many(
     y_ptr,
     h_ptr,
     b_ptr,
-    tokens_ptr,
-    begins_ptr,
-    ends_ptr,
+    pairs_ptr,
+    tiles_ptr,
     slot,
     first_o,
     last_o,
     num_pairs,
-    num_experts,
+    num_tiles,
     out_features,
     rank,
     stride_y,
     SPLITS: tl.constexpr,
-    E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     R_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
-    BLOCKS: tl.constexpr,
     WRITE: tl.constexpr,
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
@@ -116,11 +102,14 @@ def expand_many(
     WRITE: = instead, for every token has a pair of every slot.
     """
     follow(PDL)
-    expert, tile = find_tile(ends_ptr + slot * num_experts, tl.program_id(0), num_experts, E_PAD)
-    if expert < num_experts:
-        m = tl.load(begins_ptr + expert * TOP_K + slot) + tile * ROWS + tl.arange(0, ROWS)
-        in_m = m < tl.load(begins_ptr + expert * TOP_K + slot + 1)
-        n = tl.load(tokens_ptr + m, mask=in_m, other=0).to(tl.int64)
+    at = tiles_ptr + slot * 3 * num_tiles + tl.program_id(0)
+    expert = tl.load(at)
+    first = tl.load(at + num_tiles)
+    end = tl.load(at + 2 * num_tiles)
+    if first < end:
+        m = first + tl.arange(0, ROWS)
+        in_m = m < end
+        n = tl.load(pairs_ptr + m, mask=in_m, other=0).to(tl.int64) // TOP_K
         r = tl.arange(0, R_PAD)
         in_r = r < rank
         b_row = (expert.to(tl.int64) * rank + r) * out_features
@@ -128,15 +117,13 @@ def expand_many(
         for split in tl.static_range(SPLITS):
             at_M = (m + split * num_pairs).to(tl.int64) * rank
             h_MR += tl.load(h_ptr + at_M[:, None] + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
-        # four reads, each waiting for the one before, have led here: several blocks of columns follow
-        for block in tl.range(0, BLOCKS):
-            o = first_o + (tl.program_id(1) * BLOCKS + block) * BLOCK_O + tl.arange(0, BLOCK_O)
-            in_o = o < last_o
-            b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
-            y_at = y_ptr + n[:, None] * stride_y + o[None, :]
-            in_mo = in_m[:, None] & in_o[None, :]
-            y_MO = tl.zeros([ROWS, BLOCK_O], y_ptr.dtype.element_ty)
-            if not WRITE:
-                y_MO = tl.load(y_at, mask=in_mo, other=0.0)
-            update_MO = product(h_MR.to(b_RO.dtype), b_RO, tl.zeros([ROWS, BLOCK_O], tl.float32), UPCAST)
-            tl.store(y_at, (y_MO.to(tl.float32) + update_MO).to(y_ptr.dtype.element_ty), mask=in_mo)
+        o = first_o + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
+        in_o = o < last_o
+        b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
+        y_at = y_ptr + n[:, None] * stride_y + o[None, :]
+        in_mo = in_m[:, None] & in_o[None, :]
+        y_MO = tl.zeros([ROWS, BLOCK_O], y_ptr.dtype.element_ty)
+        if not WRITE:
+            y_MO = tl.load(y_at, mask=in_mo, other=0.0)
+        update_MO = product(h_MR.to(b_RO.dtype), b_RO, tl.zeros([ROWS, BLOCK_O], tl.float32), UPCAST)
+        tl.store(y_at, (y_MO.to(tl.float32) + update_MO).to(y_ptr.dtype.element_ty), mask=in_mo)

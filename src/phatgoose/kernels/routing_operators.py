@@ -86,7 +86,7 @@ def routed_linear(
 
 
 @route_and_add_.register_kernel("cuda")
-def _(
+def route_and_add_on_cuda(
     y_NO: torch.Tensor,
     x_NI: torch.Tensor,
     a_ERI: torch.Tensor,
@@ -99,6 +99,7 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route_and_add_` does on CUDA."""
     if top_k > MOST_TOP_K:
         weights_NK, expert_ids_NK = route_with_torch(x_NI, hi_EI, lo_EI, bias_NE, top_k, eps, temperature)
         y_NO += mix_with_torch(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
@@ -112,7 +113,7 @@ def _(
 
 
 @routed_linear.register_kernel("cuda")
-def _(
+def routed_linear_on_cuda(
     x_NI: torch.Tensor,
     weight_OI: torch.Tensor,
     bias_O: torch.Tensor | None,
@@ -126,11 +127,12 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What `routed_linear` does on CUDA."""
     from phatgoose.kernels import launches
 
-    if not with_bases(x_NI, [bias_O], a_ERI, top_k):
+    if not with_bases(x_NI, [(weight_OI, bias_O)], a_ERI, top_k):
         y_NO = F.linear(x_NI, weight_OI, bias_O)
-        weights_NK, expert_ids_NK = route_and_add_(
+        weights_NK, expert_ids_NK = route_and_add_on_cuda(
             y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
         )
         return y_NO, weights_NK, expert_ids_NK

@@ -15,7 +15,7 @@ Layers that are called with one x (q, k and v; gate and up) share launches: up t
 prototypes. They share the sums of x.
 
 Axes: G layers of one x, N tokens, E experts (padded, H x C), K chosen experts, I in-features, S splits of I.
-`partial_scores` writes what each split found; `choose` adds the splits up in
+`partial_scores` writes what each split found; `keys_of_one` adds the splits up in
 order, so the same input gives the same bits.
 """
 
@@ -200,70 +200,25 @@ def keys_of_one(
 
 
 @triton.jit
-def choose(
-    dots_ptr,
-    stats_ptr,
-    sums_ptr,
-    bias_ptr,
-    n,
-    num_tokens,
-    num_experts,
-    in_features,
-    stride_e,
-    stride_bias,
-    eps,
-    temperature,
-    SPLITS: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-):
-    """(weights_NK, ids_NK) of the tokens `n`, padded to K_PAD.
+def choose(keys_E, num_experts, temperature, slot, E_PAD: tl.constexpr, TOP_K: tl.constexpr):
+    """(weights, experts) of one token, for each number in `slot`; those from TOP_K on get the last slot's.
 
-    The larger score wins, and of equal ones the lower expert id. NaN counts as
-    the largest. A token whose scores are all -inf gets weights of 0.
+    The larger score wins, and of equal ones the lower expert id. NaN counts as the largest. A token whose scores are
+    all -inf gets weights of 0. In scalars: an axis of one token would be carried through shared memory.
     """
-    # E as H x C: then, for as many tokens as warps, a warp has all of a token's C numbers and a thread those of all H,
-    # so that no maximum waits for other warps
-    C: tl.constexpr = E_PAD if E_PAD < 128 else 128
-    in_n = n < num_tokens
-    n_NHC = n[:, None, None]
-    e_NHC = tl.arange(0, E_PAD // C)[None, :, None] * C + tl.arange(0, C)[None, None, :]
-    in_e = e_NHC < num_experts
-    dots_NHC = tl.zeros((n_NHC + e_NHC).shape, tl.float32)
-    for split in tl.static_range(SPLITS):
-        at_NHC = (n_NHC + split * num_tokens) * stride_e + e_NHC
-        dots_NHC += tl.load(dots_ptr + at_NHC, mask=in_n[:, None, None] & (e_NHC < stride_e), other=0.0)
-    stats_NS = stats_ptr + (n[:, None] + tl.arange(0, SPLITS)[None, :] * num_tokens) * 2
-    sum_N = tl.sum(tl.load(stats_NS, mask=in_n[:, None], other=0.0), axis=1)
-    square_N = tl.sum(tl.load(stats_NS + 1, mask=in_n[:, None], other=0.0), axis=1)
-    mean_N = sum_N / in_features
-    variance_N = tl.maximum(square_N / in_features - mean_N * mean_N, 0.0)
-    rstd_N = 1.0 / tl.sqrt(variance_N + eps)
-    sums_NHC = tl.load(sums_ptr + e_NHC, mask=in_e, other=0.0)
-    scores_NHC = (dots_NHC - mean_N[:, None, None] * sums_NHC) * rstd_N[:, None, None]
-    if HAS_BIAS:
-        at_NHC = n_NHC * stride_bias + e_NHC
-        scores_NHC += tl.load(bias_ptr + at_NHC, mask=in_n[:, None, None] & in_e, other=0.0)
-
-    keys_NHC = keys(scores_NHC, in_e)
-    k = tl.arange(0, K_PAD)
-    top_NK = tl.full([n.shape[0], K_PAD], -0x80000000, tl.int32)
-    ids_NK = tl.zeros([n.shape[0], K_PAD], tl.int32)
+    e = tl.arange(0, E_PAD)
+    weights = tl.zeros(slot.shape, tl.float32)
+    experts = tl.zeros(slot.shape, tl.int32)
+    first, total = 0.0, 0.0
     for slot_k in tl.static_range(TOP_K):
-        # two plain reductions: each is one instruction for a warp
-        best_N = tl.max(tl.max(keys_NHC, axis=2), axis=1)
-        ties_NHC = tl.where(keys_NHC == best_N[:, None, None], e_NHC, E_PAD)
-        id_N = tl.minimum(tl.min(tl.min(ties_NHC, axis=2), axis=1), num_experts - 1)
-        top_NK = tl.where(k[None, :] == slot_k, best_N[:, None], top_NK)
-        ids_NK = tl.where(k[None, :] == slot_k, id_N[:, None], ids_NK)
-        keys_NHC = tl.where(e_NHC == id_N[:, None, None], -0x80000000, keys_NHC)
-
-    chosen_NK = score_of(top_NK) / temperature
-    chosen_NK = tl.where(k[None, :] < TOP_K, chosen_NK, float("-inf"))
-    best_N = tl.max(chosen_NK, axis=1)
-    best_N = tl.where(best_N == float("-inf"), 0.0, best_N)
-    exp_NK = tl.exp(chosen_NK - best_N[:, None])
-    total_N = tl.sum(exp_NK, axis=1)
-    return exp_NK / tl.where(total_N == 0.0, 1.0, total_N)[:, None], ids_NK
+        best = tl.max(keys_E, axis=0)
+        expert = tl.minimum(tl.min(tl.where(keys_E == best, e, E_PAD), axis=0), num_experts - 1)
+        keys_E = tl.where(e == expert, -0x80000000, keys_E)
+        score = score_of(best) / temperature
+        if slot_k == 0:
+            first = tl.where(score == float("-inf"), 0.0, score)
+        weight = tl.exp(score - first)
+        total += weight
+        weights = tl.where(slot >= slot_k, weight, weights)
+        experts = tl.where(slot >= slot_k, expert, experts)
+    return weights / tl.where(total == 0.0, 1.0, total), experts

@@ -14,23 +14,22 @@ from dataclasses import dataclass
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
-# whether few tokens' routing and A run beside the base layer, on another stream: whole models are 3 to 15 % faster
-# (docs/performance.md); and for how many experts, if tokens are more than four: with 1,000 both wait for memory
+# whether routing and A run beside the base layer, on another stream (docs/performance.md); for how many experts, if
+# tokens are few, but more than four: with 1,000 both wait for memory; and for how many weights of the base layers, if
+# tokens are many: larger ones lose more of the L2 cache than is gained
 BASE_BESIDE = True
-MOST_EXPERTS_BESIDE = 256
-# whether many tokens' updates come before the base layer, which then adds itself; measure before switching it on
-BASE_AFTER = False
-# whether layers of one input (q, k and v; gate and up) share launches; measure before switching it on
-SHARE_INPUT = False
-# up to how many tokens each kernel starts before the one in front has ended (programmatic dependent launch); 0 is off:
-# single layers gain with one token and lose with 32, whole models are not measured
-MOST_TOKENS_PDL = 0
+MOST_EXPERTS_BESIDE, MOST_WEIGHTS_BESIDE = 256, 32 << 20
+# whether many tokens' updates come before the base layer, which then adds itself, where it is not beside them
+BASE_AFTER = True
+# whether layers of one input (q, k and v; gate and up) share launches
+SHARE_INPUT = True
+# up to how many tokens each kernel starts before the one in front has ended (programmatic dependent launch, on Hopper
+# and later); 0 is off. For many tokens B's launches do.
+MOST_TOKENS_PDL = 4
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
-# what `place_pairs` holds in registers: twice blocks x slots x experts; then tokens x experts
-_SORT_TILE, _PLACE_TILE = 16384, 16384
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,23 +62,18 @@ class Many:
     """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16.
 
     `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
-    in the L2 cache when the next slot reads it. `expand_blocks`: of columns, that one program takes at most.
+    in the L2 cache when the next slot reads it. `pdl` is that of B's launches, which follow each other.
     """
 
     scores: Scores
-    choose_block_n: int
     place_block_n: int
-    most_blocks: int
-    sort_block_c: int
+    place_warps: int
     shrink_rows: int
     shrink_block_i: int
     shrink_splits: int
     expand_rows: int
     expand_block_o: int
     expand_bytes: int = 16 << 20
-    expand_blocks: int = 4
-    choose_warps: int = 8
-    place_warps: int = 16
     shrink_warps: int = 4
     shrink_stages: int = 4
     expand_warps: int = 4
@@ -91,14 +85,15 @@ def takes_few(num_tokens: int, top_k: int) -> bool:
     return num_tokens * top_k <= MOST_PAIRS_UNSORTED
 
 
-def takes_beside(num_tokens: int, top_k: int, num_experts: int) -> bool:
-    """Whether routing and A should run beside the base layer."""
-    fits = takes_few(num_tokens, top_k) and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
-    return BASE_BESIDE and fits
+def takes_beside(num_tokens: int, top_k: int, num_experts: int, weights: int) -> bool:
+    """Whether routing and A should run beside the base layers, which have so many weights."""
+    if takes_few(num_tokens, top_k):
+        return BASE_BESIDE and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
+    return BASE_BESIDE and weights <= MOST_WEIGHTS_BESIDE
 
 
-def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) -> Few:
-    """For a shape, and a number of layers that share launches."""
+def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True) -> Few:
+    """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
     if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
         block_e, block_i = 8, 256
         programs = num_tokens * (layers * -(-num_experts // block_e) + 1)
@@ -116,15 +111,16 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1) ->
         # one warp: a thread then has all of R of its columns (or a quarter), and sums without the other warps
         expand_block_o=64 if num_tokens <= 4 else 256,
         expand_warps=1,
-        pdl=num_tokens <= MOST_TOKENS_PDL,
+        pdl=hopper and num_tokens <= MOST_TOKENS_PDL,
     )
 
 
-def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1) -> Many:
-    """For a shape, and a number of layers that share launches."""
+def many(
+    num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True
+) -> Many:
+    """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
     # and the programs of the sums
     programs = -(-num_tokens // 128) * (layers * -(-num_experts // 64) + 1)
-    e_pad, k_pad = power_of_two(num_experts), power_of_two(top_k)
     shrink_rows = _rows(num_tokens * top_k / num_experts)
     expand_rows = _rows(num_tokens / num_experts)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
@@ -132,16 +128,15 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers
     splits = _splits(programs, in_features, 64, most=8 if num_experts <= 256 else 2)
     return Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
-        # code without loops: a larger tile is more instructions, which each multiprocessor fetches once
-        choose_block_n=8,
-        place_block_n=max(8, min(64, _PLACE_TILE // e_pad)),
-        most_blocks=128,
-        sort_block_c=max(1, min(32, _SORT_TILE // (k_pad * e_pad))),
+        # so many ids are in a program's registers; many programs want few
+        place_block_n=(4096 if num_experts <= 256 else 2048) // power_of_two(top_k),
+        place_warps=8 if num_experts <= 256 else 4,
         shrink_rows=shrink_rows,
         shrink_block_i=128,
         shrink_splits=_splits(layers * tiles // 2, in_features, 128, most=4),
         expand_rows=expand_rows,
-        expand_block_o=128 if expand_rows == 64 else 256,
+        expand_block_o=128,
+        pdl=hopper,
     )
 
 

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional as F
 
-from phatgoose.kernels.dispatch import MOST_TOP_K, check, check_rows, check_shared, launch_with_bases, with_bases
+from phatgoose.kernels.dispatch import (
+    MOST_TOP_K,
+    check,
+    check_rows,
+    check_shared,
+    is_hopper,
+    launch_with_bases,
+    with_bases,
+)
 from phatgoose.kernels.routing_operators import route_and_add_
 
 if TYPE_CHECKING:
@@ -76,7 +84,7 @@ def routed_linears(
 
 
 @route_and_add_shared_.register_kernel("cuda")
-def _(
+def route_and_add_shared_on_cuda(
     outputs: list[torch.Tensor],
     x_NI: torch.Tensor,
     downs: list[torch.Tensor],
@@ -89,6 +97,7 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route_and_add_shared_` does on CUDA."""
     from phatgoose.kernels import launches, settings, sorted_launches
 
     num_tokens, in_features = x_NI.shape
@@ -105,17 +114,18 @@ def _(
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
     downs, ups = [a_ERI.contiguous() for a_ERI in downs], [b_ERO.contiguous() for b_ERO in ups]
     with torch.cuda.device(x_NI.device):
+        hopper = is_hopper(x_NI)
         if settings.takes_few(num_tokens, top_k):
-            few = settings.few(num_tokens, num_experts, in_features, len(layers))
+            few = settings.few(num_tokens, num_experts, in_features, len(layers), hopper=hopper)
             choice = launches.add_few_shared(outputs, x_NI, downs, ups, questions, few)
         else:
-            many = settings.many(num_tokens, top_k, num_experts, in_features, len(layers))
+            many = settings.many(num_tokens, top_k, num_experts, in_features, len(layers), hopper=hopper)
             choice = sorted_launches.add_many_shared(outputs, x_NI, downs, ups, questions, many)
     return choice.weights_NK, choice.expert_ids_NK
 
 
 @routed_linears.register_kernel("cuda")
-def _(
+def routed_linears_on_cuda(
     x_NI: torch.Tensor,
     weights: list[torch.Tensor],
     offsets: list[torch.Tensor | None],
@@ -129,13 +139,14 @@ def _(
     eps: float,
     temperature: float,
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+    """What `routed_linears` does on CUDA."""
     rule = (top_k, eps, temperature)
-    if not with_bases(x_NI, offsets, downs[0], top_k):
+    bases = list(zip(weights, offsets, strict=True))
+    if not with_bases(x_NI, bases, downs[0], top_k):
         outputs = _linears(x_NI, weights, offsets)
-        return outputs, *route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
+        return outputs, *route_and_add_shared_on_cuda(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
     check_shared(weights, downs, biases)
     questions = _questions(_layers(downs, ups, his, los, sums, biases), *rule)
-    bases = list(zip(weights, offsets, strict=True))
     outputs, choice = launch_with_bases(x_NI, bases, downs, ups, questions)
     return outputs, *choice
 

@@ -1,12 +1,13 @@
 """Launches of the Triton kernels for many tokens: route, sort, shrink, expand.
 
 Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, S splits of I,
-M = N * K pairs, C blocks of tokens.
+M = N * K pairs, T tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -25,8 +26,8 @@ from phatgoose.kernels.launches import (
     three,
 )
 from phatgoose.kernels.many_tokens import expand_many, shrink_many
-from phatgoose.kernels.settings import PROGRAMS, Many, power_of_two
-from phatgoose.kernels.sorting import choose_many, count_pairs, place_pairs
+from phatgoose.kernels.settings import Many, power_of_two
+from phatgoose.kernels.sorting import choose_many, place_pairs
 
 
 def linears_after(
@@ -49,6 +50,34 @@ def linears_after(
     outputs = [x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]) for weight_OI in weights]
     choice = add_many_shared(outputs, x_NI, downs, ups, questions, settings, write=True)
     return [y.addmm_(x_NI, weight_OI.T) for y, weight_OI in zip(outputs, weights, strict=True)], choice
+
+
+def linears_beside(
+    x_NI: torch.Tensor,
+    bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    downs: Sequence[torch.Tensor],
+    ups: Sequence[torch.Tensor],
+    questions: Sequence[Question],
+    settings: Many,
+) -> tuple[list[torch.Tensor], Choice]:
+    """What `linears_after` gives, with everything but B on another stream, at the same time as the base layers.
+
+    That stream goes first where both want a multiprocessor: the base layers fill what its short kernels leave idle.
+    All memory is this stream's, so all that the other one uses is held until it is waited for.
+
+    Args:
+        bases: weight_OI and bias_O of each layer.
+        downs, ups, questions: see `add_many_shared`.
+    """
+    main = torch.cuda.current_stream(x_NI.device)
+    stream = torch.cuda.Stream(x_NI.device, priority=-1)
+    stream.wait_stream(main)
+    shrunk = _choose_and_shrink(x_NI, downs, questions, settings, stream)
+    outputs = [torch.nn.functional.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in bases]
+    main.wait_stream(stream)
+    for g, (y_NO, b_ERO) in enumerate(zip(outputs, ups, strict=True)):
+        _expand(y_NO, shrunk.h_GSMR.select(0, g), b_ERO, shrunk.pairs.of_layer(g), settings, write=False)
+    return outputs, shrunk.choice
 
 
 def add_many(
@@ -86,168 +115,173 @@ def add_many_shared(
     Returns:
         The choices, with an axis G in front.
     """
-    choice, sorted_pairs = _sort(x_NI, routings, downs[0].shape[0], settings)
-    h_GSMR = _shrink(x_NI, downs, sorted_pairs, settings)
+    shrunk = _choose_and_shrink(x_NI, downs, routings, settings)
     for g, (y_NO, b_ERO) in enumerate(zip(outputs, ups, strict=True)):
-        _expand(
-            y_NO,
-            h_GSMR.select(0, g),
-            b_ERO,
-            sorted_pairs.of_layer(g),
-            choice.weights_NK.shape[2],
-            settings,
-            write=write,
-        )
-    return choice
+        _expand(y_NO, shrunk.h_GSMR.select(0, g), b_ERO, shrunk.pairs.of_layer(g), settings, write=write)
+    return shrunk.choice
 
 
-class _Sorted(NamedTuple):
-    """Pairs in the order of their experts; see `sorting`. All with an axis G in front."""
+class Sorted(NamedTuple):
+    """Pairs in the order of their experts, and the tiles that they are cut into; see `sorting`. All with an axis G."""
 
-    tokens_M: torch.Tensor
-    weights_M: torch.Tensor
-    begins: torch.Tensor
-    shrink_ends_E: torch.Tensor
-    expand_ends_KE: torch.Tensor
+    pairs_M: torch.Tensor
+    shrink_tiles_3T: torch.Tensor
+    expand_tiles_K3T: torch.Tensor
 
-    def of_layer(self, g: int) -> _Sorted:
-        return _Sorted(*(tensor.select(0, g) for tensor in self))
-
-
-class _Block(NamedTuple):
-    """Tokens of one program, how many it counts and places at once, and in how many steps."""
-
-    tokens: int
-    at_once: int
-    steps: int
+    def of_layer(self, g: int) -> Sorted:
+        """One layer's, of several."""
+        return Sorted(*(tensor.select(0, g) for tensor in self))
 
 
-def _sort(
-    x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], num_experts: int, settings: Many
-) -> tuple[Choice, _Sorted]:
-    """(the choices, with an axis G in front; their pairs)."""
-    choice, counts_GCKE, block = _choose(x_NI, routings, num_experts, settings)
-    layers, num_tokens, top_k = choice.weights_NK.shape
-    num_pairs, num_blocks = num_tokens * top_k, counts_GCKE.shape[1]
-    new: dict[str, Any] = {"dtype": torch.int32, "device": x_NI.device}
-    found = _Sorted(
-        torch.empty(layers, num_pairs, **new),
-        torch.empty(layers, num_pairs, dtype=torch.float32, device=x_NI.device),
-        torch.empty(layers, (num_experts * top_k // 16 + 1) * 16, **new),
-        torch.empty(layers, num_experts, **new),
-        torch.empty(layers, top_k, num_experts, **new),
-    )
-    block_c = min(settings.sort_block_c, power_of_two(num_blocks))
-    place_pairs[(num_blocks, layers)](
-        choice.expert_ids_NK,
-        choice.weights_NK,
-        counts_GCKE,
-        *found,
-        num_tokens,
-        num_experts,
-        counts_GCKE.shape[3],
-        num_blocks,
-        block.tokens,
-        block.steps,
-        triton.cdiv(num_blocks, block_c),
-        E_PAD=power_of_two(num_experts),
-        TOP_K=top_k,
-        K_PAD=power_of_two(top_k),
-        BLOCK_N=block.at_once,
-        BLOCK_C=block_c,
-        SHRINK_ROWS=settings.shrink_rows,
-        EXPAND_ROWS=settings.expand_rows,
-        ONE_STEP=block.steps == 1,
-        **options(settings.pdl and x_NI.is_cuda, settings.place_warps),
-    )
-    return choice, found
+class _Shrunk(NamedTuple):
+    """All that comes before B, and what its kernels read."""
+
+    choice: Choice
+    pairs: Sorted
+    h_GSMR: torch.Tensor
+    read: tuple[torch.Tensor, ...]
+
+
+def _choose_and_shrink(
+    x_NI: torch.Tensor,
+    downs: Sequence[torch.Tensor],
+    routings: Sequence[Question] | Sequence[Choice],
+    settings: Many,
+    stream: torch.cuda.Stream | None = None,
+) -> _Shrunk:
+    """Args: see `add_many_shared`; stream: where kernels run, if not on the current one, whose memory they use."""
+    choice, ids_GKN, scored = _choose(x_NI, routings, settings, stream)
+    pairs = sort_pairs(ids_GKN, len(x_NI), downs[0].shape[0], settings, stream)
+    h_GSMR = _shrink(x_NI, downs, choice.weights_NK, pairs, settings, stream)
+    return _Shrunk(choice, pairs, h_GSMR, (ids_GKN, *scored))
+
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    return torch.cuda.stream(stream) if stream else nullcontext()
 
 
 def _choose(
-    x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], num_experts: int, settings: Many
-) -> tuple[Choice, torch.Tensor, _Block]:
-    """(the choices, with an axis G in front; counts_GCKE; what one of C programs counts, and places)."""
-    num_tokens, in_features = x_NI.shape
-    pdl = settings.pdl and x_NI.is_cuda
-    chunks = triton.cdiv(num_tokens, settings.choose_block_n)
-    steps = triton.cdiv(chunks, settings.most_blocks)
-    num_blocks = triton.cdiv(chunks, steps)
-    tokens = steps * settings.choose_block_n
-    at_once = min(settings.place_block_n, power_of_two(steps) * settings.choose_block_n)
-    block = _Block(tokens, at_once, triton.cdiv(tokens, at_once))
+    x_NI: torch.Tensor,
+    routings: Sequence[Question] | Sequence[Choice],
+    settings: Many,
+    stream: torch.cuda.Stream | None,
+) -> tuple[Choice, torch.Tensor, tuple[torch.Tensor, ...]]:
+    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`; what `score` found)."""
     first = routings[0]
-    if isinstance(first, Question):
-        questions: Sequence[Question] = routings  # type: ignore[assignment]
-        scored = score(x_NI, questions, settings.scores, pdl)
-        choice = empty_choice(x_NI, len(questions), first.top_k)
-    else:
+    if isinstance(first, Choice):
         choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
-    layers, _, top_k = choice.weights_NK.shape
-    shape = (layers, num_blocks, top_k, padded(num_experts))
-    counts_GCKE = torch.empty(shape, dtype=torch.int32, device=x_NI.device)
-    sizes = {
-        "E_PAD": power_of_two(num_experts),
-        "TOP_K": top_k,
-        "K_PAD": power_of_two(top_k),
-        "COUNT_N": block.at_once,
-        **options(pdl, settings.choose_warps),
-    }
-    if isinstance(first, Question):
-        choose_many[(num_blocks, layers)](
+        return choice, narrow_ids(choice.expert_ids_NK), ()
+    questions: Sequence[Question] = routings  # type: ignore[assignment]
+    (num_tokens, in_features), num_experts = x_NI.shape, first.hi_EI.shape[0]
+    scored = score(x_NI, questions, settings.scores, False, stream)
+    choice = empty_choice(x_NI, len(questions), first.top_k)
+    ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
+    with _on(stream):
+        choose_many[(num_tokens, len(questions))](
             *scored,
             *per_layer(questions),
             choice.weights_NK,
             choice.expert_ids_NK,
-            counts_GCKE,
+            ids_GKN,
             num_tokens,
             num_experts,
             in_features,
             padded(num_experts),
             bias_stride(first),
+            ids_GKN.shape[2],
             first.eps,
             first.temperature,
-            steps,
-            block.steps,
-            LAYERS=layers,
-            BLOCK_N=settings.choose_block_n,
+            LAYERS=len(questions),
             SPLITS=settings.scores.splits,
+            E_PAD=power_of_two(num_experts),
+            TOP_K=first.top_k,
+            K_PAD=power_of_two(first.top_k),
             HAS_BIAS=first.bias_NE is not None,
-            **sizes,
+            num_warps=1,
         )
-    else:
-        rows = (num_tokens, padded(num_experts), block.tokens, block.steps)
-        count_pairs[(num_blocks,)](choice.expert_ids_NK, counts_GCKE, *rows, **sizes)
-    return choice, counts_GCKE, block
+    return choice, ids_GKN, scored
 
 
-def _shrink(x_NI: torch.Tensor, downs: Sequence[torch.Tensor], sorted_pairs: _Sorted, settings: Many) -> torch.Tensor:
-    """h_GSMR: weight * (A x) of sorted pairs, fp32."""
-    (layers, num_pairs), (num_experts, rank, in_features) = sorted_pairs.tokens_M.shape, downs[0].shape
-    h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=torch.float32)
-    tiles = _most_tiles(num_pairs, num_experts, settings.shrink_rows)
-    shrink_many[(tiles, settings.shrink_splits, layers)](
-        x_NI,
-        *three(downs),
-        sorted_pairs.tokens_M,
-        sorted_pairs.weights_M,
-        sorted_pairs.begins,
-        sorted_pairs.shrink_ends_E,
-        h_GSMR,
-        num_pairs,
-        num_experts,
-        in_features,
-        rank,
-        x_NI.stride(0),
-        LAYERS=layers,
-        E_PAD=power_of_two(num_experts),
-        TOP_K=sorted_pairs.expand_ends_KE.shape[1],
-        R_PAD=max(16, power_of_two(rank)),
-        ROWS=settings.shrink_rows,
-        BLOCK_I=settings.shrink_block_i,
-        STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
-        UPCAST=not x_NI.is_cuda,
-        **options(settings.pdl and x_NI.is_cuda, settings.shrink_warps, settings.shrink_stages),
+def narrow_ids(expert_ids_GNK: torch.Tensor) -> torch.Tensor:
+    """int32 ids_GKN, rows `padded` with anything."""
+    layers, num_tokens, top_k = expert_ids_GNK.shape
+    ids_GKN = expert_ids_GNK.new_empty(layers, top_k, padded(num_tokens), dtype=torch.int32)
+    ids_GKN[:, :, :num_tokens] = expert_ids_GNK.transpose(1, 2)
+    return ids_GKN
+
+
+def sort_pairs(
+    ids_GKN: torch.Tensor,
+    num_tokens: int,
+    num_experts: int,
+    settings: Many,
+    stream: torch.cuda.Stream | None = None,
+) -> Sorted:
+    """The pairs of a choice, given by `narrow_ids`. stream: where the kernel runs, if not on the current one."""
+    layers, top_k, stride_k = ids_GKN.shape
+    shrink_tiles = _most_tiles(num_tokens * top_k, num_experts, settings.shrink_rows)
+    expand_tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
+    found = Sorted(
+        ids_GKN.new_empty(layers, num_tokens * top_k),
+        ids_GKN.new_empty(layers, 3, shrink_tiles),
+        ids_GKN.new_empty(layers, top_k, 3, expand_tiles),
     )
+    block_n = min(settings.place_block_n, power_of_two(num_tokens))
+    with _on(stream):
+        place_pairs[(num_experts, layers)](
+            ids_GKN,
+            *found,
+            num_tokens,
+            stride_k,
+            triton.cdiv(num_tokens, block_n),
+            shrink_tiles,
+            expand_tiles,
+            TOP_K=top_k,
+            K_PAD=power_of_two(top_k),
+            BLOCK_N=block_n,
+            BLOCK_T=32,
+            SHRINK_ROWS=settings.shrink_rows,
+            EXPAND_ROWS=settings.expand_rows,
+            num_warps=settings.place_warps,
+        )
+    return found
+
+
+def _shrink(
+    x_NI: torch.Tensor,
+    downs: Sequence[torch.Tensor],
+    weights_GNK: torch.Tensor,
+    sorted_pairs: Sorted,
+    settings: Many,
+    stream: torch.cuda.Stream | None,
+) -> torch.Tensor:
+    """h_GSMR: weight * (A x) of sorted pairs, fp32."""
+    (layers, num_pairs), (_, rank, in_features) = sorted_pairs.pairs_M.shape, downs[0].shape
+    h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=torch.float32)
+    num_tiles = sorted_pairs.shrink_tiles_3T.shape[2]
+    with _on(stream):
+        shrink_many[(num_tiles, settings.shrink_splits, layers)](
+            x_NI,
+            *three(downs),
+            sorted_pairs.pairs_M,
+            weights_GNK,
+            sorted_pairs.shrink_tiles_3T,
+            h_GSMR,
+            num_pairs,
+            num_tiles,
+            in_features,
+            rank,
+            x_NI.stride(0),
+            LAYERS=layers,
+            TOP_K=weights_GNK.shape[2],
+            R_PAD=max(16, power_of_two(rank)),
+            ROWS=settings.shrink_rows,
+            BLOCK_I=settings.shrink_block_i,
+            STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+            UPCAST=not x_NI.is_cuda,
+            num_warps=settings.shrink_warps,
+            num_stages=settings.shrink_stages,
+        )
     return h_GSMR
 
 
@@ -255,51 +289,39 @@ def _expand(
     y_NO: torch.Tensor,
     h_SMR: torch.Tensor,
     b_ERO: torch.Tensor,
-    sorted_pairs: _Sorted,
-    top_k: int,
+    sorted_pairs: Sorted,
     settings: Many,
     *,
     write: bool,
 ) -> None:
     """y_NO += B h of one layer; with `write` y_NO = B h."""
-    num_tokens, (num_experts, rank, out_features) = y_NO.shape[0], b_ERO.shape
-    tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
-    ranges = _columns(num_tokens * y_NO.element_size(), out_features, settings)
-    blocks = blocks_a_program(tiles, triton.cdiv(ranges[0][1], settings.expand_block_o), settings)
-    for first_o, last_o in ranges:
+    num_tokens, (_, rank, out_features) = y_NO.shape[0], b_ERO.shape
+    top_k, _, num_tiles = sorted_pairs.expand_tiles_K3T.shape
+    for first_o, last_o in _columns(num_tokens * y_NO.element_size(), out_features, settings):
         for slot in range(top_k):
-            expand_many[(tiles, triton.cdiv(last_o - first_o, settings.expand_block_o * blocks))](
+            expand_many[(num_tiles, triton.cdiv(last_o - first_o, settings.expand_block_o))](
                 y_NO,
                 h_SMR,
                 b_ERO,
-                sorted_pairs.tokens_M,
-                sorted_pairs.begins,
-                sorted_pairs.expand_ends_KE,
+                sorted_pairs.pairs_M,
+                sorted_pairs.expand_tiles_K3T,
                 slot,
                 first_o,
                 last_o,
                 h_SMR.shape[1],
-                num_experts,
+                num_tiles,
                 out_features,
                 rank,
                 y_NO.stride(0),
                 SPLITS=settings.shrink_splits,
-                E_PAD=power_of_two(num_experts),
                 TOP_K=top_k,
                 R_PAD=max(16, power_of_two(rank)),
                 ROWS=settings.expand_rows,
                 BLOCK_O=settings.expand_block_o,
-                BLOCKS=blocks,
                 WRITE=write and slot == 0,
                 UPCAST=not y_NO.is_cuda,
                 **options(settings.pdl and y_NO.is_cuda, settings.expand_warps),
             )
-
-
-def blocks_a_program(tiles: int, blocks: int, settings: Many) -> int:
-    """Blocks of columns (a power of two) that one program takes, where four programs a multiprocessor remain."""
-    most = max(1, tiles * blocks // (4 * PROGRAMS))
-    return min(settings.expand_blocks, power_of_two(most + 1) // 2)
 
 
 def _columns(bytes_a_column: int, out_features: int, settings: Many) -> list[tuple[int, int]]:
@@ -310,7 +332,6 @@ def _columns(bytes_a_column: int, out_features: int, settings: Many) -> list[tup
     return [(first, min(first + width, out_features)) for first in range(0, out_features, width)]
 
 
-def _most_tiles(rows: int, num_experts: int, rows_per_tile: int) -> int:
-    """Tiles that `rows` in groups by expert can need at most."""
-    groups = min(rows, num_experts)
-    return (rows + groups * (rows_per_tile - 1)) // rows_per_tile
+def _most_tiles(pairs: int, num_experts: int, rows: int) -> int:
+    """Tiles that `sorting.place_pairs` numbers."""
+    return pairs // rows + num_experts

@@ -1,16 +1,20 @@
 """Triton: (token, slot) pairs in the order of their experts, by counting. No atomics, so always the same order.
 
-A pair's bin is (expert, slot): an expert's pairs lie together, those of slot 0 first. So `shrink_many` takes an
-expert's pairs as one group, and `expand_many` the pairs of one slot, in which no token occurs twice.
+1. `choose_many`: a program of one warp for each token, so that nothing waits for another warp.
+2. `place_pairs`: a program for each expert reads all ids. It counts those of lower experts, so it knows where its own
+   pairs begin, and writes them: E * N * K small numbers are read, from the L2 cache, in place of a count for each block
+   of tokens that would have to be waited for.
 
-1. `count_pairs`: each program counts the bins of its block of tokens.
-2. `place_pairs`: each program adds up all counts, so that it knows where its pairs begin in each bin, and writes them,
-   as many tokens at once as fit (each step waits for all threads a few times).
-   The first program also writes where bins begin and how many tiles each expert needs.
+A pair is n * K + k. An expert's pairs lie together, those of slot 0 first. So `shrink_many` takes an expert's pairs as
+one group, and `expand_many` the pairs of one slot, in which no token occurs twice.
+
+Each group is cut into tiles of so many pairs. The group of expert e that begins at number b of its order has the tiles
+from b // rows + e on: enough, for it needs (b + size) // rows - b // rows + 1 at most, and known without the sizes of
+other groups' tiles. What a group does not need is empty.
 
 Layers of one x share launches: axis 1 of the grid, up to three G.
 
-Axes: G layers of one x, N tokens, E experts, K slots, C blocks of tokens, M = N * K pairs.
+Axes: G layers of one x, N tokens, E experts, K slots, M = N * K pairs, T tiles.
 (`while`, because Triton's interpreter does not take a run-time bound in `range` under new numpys.)
 """
 
@@ -19,49 +23,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, follow, of_layer
+from phatgoose.kernels.scoring import choose, keys_of_one, of_layer
 
 
-@triton.jit
-def add_counts(counts_KE, ids_N, in_n, slot: tl.constexpr, K_PAD: tl.constexpr, E_PAD: tl.constexpr):
-    """counts_KE with the experts of one slot of a few tokens."""
-    e = tl.arange(0, E_PAD)
-    hits_NE = (ids_N[:, None] == e[None, :]) & in_n[:, None]
-    count_E = tl.sum(hits_NE.to(tl.int32), axis=0)
-    return counts_KE + tl.where(tl.arange(0, K_PAD)[:, None] == slot, count_E[None, :], 0)
-
-
-@triton.jit
-def count_block(
-    ids_ptr,
-    counts_ptr,
-    num_tokens,
-    stride_e,
-    tokens_a_block,
-    steps,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A program's row of counts_CKE, of ids_NK; rows are padded to stride_e as those of the scores are."""
-    e = tl.arange(0, E_PAD)
-    k = tl.arange(0, K_PAD)
-    counts_KE = tl.zeros([K_PAD, E_PAD], tl.int32)
-    step = 0
-    while step < steps:
-        of_block = step * BLOCK_N + tl.arange(0, BLOCK_N)
-        n = tl.program_id(0) * tokens_a_block + of_block
-        in_n = (of_block < tokens_a_block) & (n < num_tokens)
-        for slot in tl.static_range(TOP_K):
-            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
-            counts_KE = add_counts(counts_KE, ids_N, in_n, slot, K_PAD, E_PAD)
-        step += 1
-    at_KE = (tl.program_id(0) * TOP_K + k[:, None]) * stride_e + e[None, :]
-    tl.store(counts_ptr + at_KE, counts_KE, mask=(k < TOP_K)[:, None] & (e < stride_e)[None, :])
-
-
-@triton.jit(do_not_specialize=["num_tokens", "steps", "count_steps"])
+@triton.jit(do_not_specialize=["num_tokens"])
 def choose_many(
     dots_ptr,
     stats_ptr,
@@ -73,173 +38,136 @@ def choose_many(
     bias2_ptr,
     weights_ptr,
     ids_ptr,
-    counts_ptr,
+    ids_KN_ptr,
     num_tokens,
     num_experts,
     in_features,
     stride_e,
     stride_bias,
+    stride_k,
     eps,
     temperature,
-    steps,
-    count_steps,
     LAYERS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    COUNT_N: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """weights_GNK and expert_ids_GNK from partial scores, and counts_GCKE of them."""
+    """weights_GNK and expert_ids_GNK from partial scores; the ids again as ids_GKN, of 4 bytes.
+
+    A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
+    """
+    token = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1).to(tl.int64)
-    sums_ptr = of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS)
-    bias_ptr = of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS)
-    weights_ptr += g * num_tokens * TOP_K
-    ids_ptr += g * num_tokens * TOP_K
-    counts_ptr += g * tl.num_programs(0) * TOP_K * stride_e
+    keys_E = keys_of_one(
+        dots_ptr + g * SPLITS * num_tokens * stride_e,
+        stats_ptr,
+        of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
+        of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
+        token,
+        num_tokens,
+        num_experts,
+        in_features,
+        stride_e,
+        stride_bias,
+        eps,
+        SPLITS,
+        E_PAD,
+        HAS_BIAS,
+    )
     k = tl.arange(0, K_PAD)
-    follow(PDL)
-    step = 0
-    while step < steps:
-        n = ((tl.program_id(0) * steps + step) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-        weights_NK, ids_NK = choose(
-            dots_ptr + g * SPLITS * num_tokens * stride_e,
-            stats_ptr,
-            sums_ptr,
-            bias_ptr,
-            n,
-            num_tokens,
-            num_experts,
-            in_features,
-            stride_e,
-            stride_bias,
-            eps,
-            temperature,
-            SPLITS,
-            E_PAD,
-            TOP_K,
-            K_PAD,
-            HAS_BIAS,
-        )
-        at_NK = n[:, None] * TOP_K + k[None, :]
-        mask_NK = (n < num_tokens)[:, None] & (k < TOP_K)[None, :]
-        tl.store(weights_ptr + at_NK, weights_NK, mask=mask_NK)
-        tl.store(ids_ptr + at_NK, ids_NK.to(tl.int64), mask=mask_NK)
-        step += 1
-    # ids are read again, by other threads than those that wrote them, in the arrangement that counting wants
-    tl.debug_barrier()
-    tokens_a_block = steps * BLOCK_N
-    count_block(ids_ptr, counts_ptr, num_tokens, stride_e, tokens_a_block, count_steps, E_PAD, TOP_K, K_PAD, COUNT_N)
+    weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K)
+    at_K = (g * num_tokens + token) * TOP_K + k
+    tl.store(weights_ptr + at_K, weights_K, mask=k < TOP_K)
+    tl.store(ids_ptr + at_K, ids_K.to(tl.int64), mask=k < TOP_K)
+    tl.store(ids_KN_ptr + (g * TOP_K + k) * stride_k + token, ids_K, mask=k < TOP_K)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "tokens_a_block", "count_steps"])
-def count_pairs(
-    ids_ptr,
-    counts_ptr,
-    num_tokens,
-    stride_e,
-    tokens_a_block,
-    count_steps,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    COUNT_N: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    """counts_CKE of expert ids that somebody else chose."""
-    follow(PDL)
-    count_block(ids_ptr, counts_ptr, num_tokens, stride_e, tokens_a_block, count_steps, E_PAD, TOP_K, K_PAD, COUNT_N)
+@triton.jit
+def write_tiles(tiles_ptr, e, order, first, size, num_tiles, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Tiles of one group: rows of expert, first pair, and the pair where the group ends, in tiles_3T.
+
+    Args:
+        order: where the group begins among all groups that share tiles_3T.
+        first: its first pair.
+    """
+    begin = order // ROWS + e
+    end = (order + size) // ROWS + e + 1
+    t = begin
+    while t < end:
+        tile = t + tl.arange(0, BLOCK_T)
+        in_t = tile < end
+        tl.store(tiles_ptr + tile, tl.zeros([BLOCK_T], tl.int32) + e, mask=in_t)
+        tl.store(tiles_ptr + num_tiles + tile, first + (tile - begin) * ROWS, mask=in_t)
+        tl.store(tiles_ptr + 2 * num_tiles + tile, tl.zeros([BLOCK_T], tl.int32) + first + size, mask=in_t)
+        t += BLOCK_T
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_blocks", "tokens_a_block", "steps", "c_steps"])
+@triton.jit
+def load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K: tl.constexpr):
+    """ids_KN, beyond the last token none's; read 16 bytes at a time, for stride_k is a multiple of 16."""
+    in_row = (k < TOP_K)[:, None] & (n < stride_k)[None, :]
+    ids_KN = tl.load(ids_KN_ptr + k[:, None] * stride_k + n[None, :], mask=in_row, other=0)
+    return tl.where((k < TOP_K)[:, None] & (n < num_tokens)[None, :], ids_KN, 0x7FFFFFFF)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "steps", "shrink_tiles", "expand_tiles"])
 def place_pairs(
-    ids_ptr,
-    weights_ptr,
-    counts_ptr,
-    tokens_ptr,
-    sorted_weights_ptr,
-    begins_ptr,
-    shrink_ends_ptr,
-    expand_ends_ptr,
+    ids_KN_ptr,
+    pairs_ptr,
+    shrink_ptr,
+    expand_ptr,
     num_tokens,
-    num_experts,
-    stride_e,
-    num_blocks,
-    tokens_a_block,
+    stride_k,
     steps,
-    c_steps,
-    E_PAD: tl.constexpr,
+    shrink_tiles,
+    expand_tiles,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     SHRINK_ROWS: tl.constexpr,
     EXPAND_ROWS: tl.constexpr,
-    ONE_STEP: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """tokens_GM and sorted_weights_GM, sorted; begins of the bins (E * K + 1), ends of the tiles (E and K * E).
-
-    A layer's row of begins has a multiple of 16 numbers.
-    """
-    block = tl.program_id(0)
+    """pairs_GM of one expert; its tiles of all pairs (G, 3, T) and of each slot's (G, K, 3, T)."""
+    e = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
-    num_pairs = num_tokens * TOP_K
-    ids_ptr += g * num_pairs
-    weights_ptr += g * num_pairs
-    tokens_ptr += g * num_pairs
-    sorted_weights_ptr += g * num_pairs
-    counts_ptr += g * num_blocks * TOP_K * stride_e
-    begins_ptr += g * (num_experts * TOP_K // 16 + 1) * 16
-    shrink_ends_ptr += g * num_experts
-    expand_ends_ptr += g * num_experts * TOP_K
-    e = tl.arange(0, E_PAD)
+    ids_KN_ptr += g * TOP_K * stride_k
+    pairs_ptr += g * TOP_K * num_tokens
+    shrink_ptr += g * 3 * shrink_tiles
+    expand_ptr += g * TOP_K * 3 * expand_tiles
     k = tl.arange(0, K_PAD)
-    in_ke = (k < TOP_K)[:, None] & (e < num_experts)[None, :]
-    # added up over C when all are read: a sum over C waits for the other threads
-    total_CKE = tl.zeros([BLOCK_C, K_PAD, E_PAD], tl.int32)
-    before_CKE = tl.zeros([BLOCK_C, K_PAD, E_PAD], tl.int32)
-    follow(PDL)
-    step = 0
-    while step < c_steps:
-        c = step * BLOCK_C + tl.arange(0, BLOCK_C)
-        at_CKE = (c[:, None, None] * TOP_K + k[None, :, None]) * stride_e + e[None, None, :]
-        mask_CKE = (c < num_blocks)[:, None, None] & (k < TOP_K)[None, :, None] & (e < stride_e)[None, None, :]
-        counts_CKE = tl.load(counts_ptr + at_CKE, mask=mask_CKE, other=0)
-        total_CKE += counts_CKE
-        before_CKE += tl.where((c < block)[:, None, None], counts_CKE, 0)
-        step += 1
-    total_KE = tl.sum(total_CKE, axis=0)
-    before_KE = tl.sum(before_CKE, axis=0)
-    total_E = tl.sum(total_KE, axis=0)
-    begin_KE = (tl.cumsum(total_E, axis=0) - total_E)[None, :] + tl.cumsum(total_KE, axis=0) - total_KE
-
-    if block == 0:
-        tl.store(begins_ptr + e[None, :] * TOP_K + k[:, None], begin_KE, mask=in_ke)
-        tl.store(begins_ptr + num_experts * TOP_K, num_pairs)
-        shrink_E = tl.cumsum((total_E + SHRINK_ROWS - 1) // SHRINK_ROWS, axis=0)
-        tl.store(shrink_ends_ptr + e, shrink_E, mask=e < num_experts)
-        expand_KE = tl.cumsum((total_KE + EXPAND_ROWS - 1) // EXPAND_ROWS, axis=1)
-        tl.store(expand_ends_ptr + k[:, None] * num_experts + e[None, :], expand_KE, mask=in_ke)
-
-    next_KE = begin_KE + before_KE
     local = tl.arange(0, BLOCK_N)
+
+    # one sum for both counts: it waits for all threads
+    counts_KN = tl.zeros([K_PAD, BLOCK_N], tl.int64)
     step = 0
     while step < steps:
-        of_block = step * BLOCK_N + local
-        n = block * tokens_a_block + of_block
-        in_n = (of_block < tokens_a_block) & (n < num_tokens)
-        for slot in tl.static_range(TOP_K):
-            ids_N = tl.load(ids_ptr + n * TOP_K + slot, mask=in_n, other=0).to(tl.int32)
-            weights_N = tl.load(weights_ptr + n * TOP_K + slot, mask=in_n, other=0.0).to(tl.float32)
-            earlier_NN = (ids_N[:, None] == ids_N[None, :]) & (local[None, :] < local[:, None]) & in_n[None, :]
-            next_E = tl.sum(tl.where(k[:, None] == slot, next_KE, 0), axis=0)
-            place_N = tl.gather(next_E, ids_N, axis=0) + tl.sum(earlier_NN.to(tl.int32), axis=1)
-            tl.store(tokens_ptr + place_N, n, mask=in_n)
-            tl.store(sorted_weights_ptr + place_N, weights_N, mask=in_n)
-            if not ONE_STEP:
-                next_KE = add_counts(next_KE, ids_N, in_n, slot, K_PAD, E_PAD)
+        n = step * BLOCK_N + local
+        ids_KN = load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K)
+        counts_KN += (ids_KN < e).to(tl.int64) + ((ids_KN == e).to(tl.int64) << 32)
+        step += 1
+    counts_K = tl.sum(counts_KN, axis=1)
+    lower_K = (counts_K & 0xFFFFFFFF).to(tl.int32)
+    own_K = (counts_K >> 32).to(tl.int32)
+    begin = tl.sum(lower_K, axis=0)
+    next_K = begin + tl.cumsum(own_K, axis=0) - own_K
+
+    write_tiles(shrink_ptr, e, begin, begin, tl.sum(own_K, axis=0), shrink_tiles, SHRINK_ROWS, BLOCK_T)
+    for slot in tl.static_range(TOP_K):
+        lower = tl.sum(tl.where(k == slot, lower_K, 0), axis=0)
+        first = tl.sum(tl.where(k == slot, next_K, 0), axis=0)
+        own = tl.sum(tl.where(k == slot, own_K, 0), axis=0)
+        write_tiles(expand_ptr + slot * 3 * expand_tiles, e, lower, first, own, expand_tiles, EXPAND_ROWS, BLOCK_T)
+
+    step = 0
+    while step < steps:
+        n = step * BLOCK_N + local
+        ids_KN = load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K)
+        hits_KN = (ids_KN == e).to(tl.int32)
+        place_KN = next_K[:, None] + tl.cumsum(hits_KN, axis=1) - hits_KN
+        pair_KN = n[None, :] * TOP_K + k[:, None]
+        tl.store(pairs_ptr + place_KN, pair_KN, mask=hits_KN != 0)
+        next_K += tl.sum(hits_KN, axis=1)
         step += 1

@@ -15,6 +15,7 @@ Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R ra
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,30 @@ import torch
 from phatgoose.kernels import routing_operators as routing_operators  # registers its own
 from phatgoose.kernels import shared_operators as shared_operators
 from phatgoose.kernels.dispatch import mix_on_cuda, mix_with_torch
+
+_ON_CUDA: dict[str, Callable[..., Any]] = {
+    "route_and_add_": routing_operators.route_and_add_on_cuda,
+    "routed_linear": routing_operators.routed_linear_on_cuda,
+    "route_and_add_shared_": shared_operators.route_and_add_shared_on_cuda,
+    "routed_linears": shared_operators.routed_linears_on_cuda,
+}
+
+
+def call(name: str, x_NI: torch.Tensor, *arguments: Any) -> Any:
+    """Call one of the operators that route; nothing may want a gradient.
+
+    On CUDA, unless somebody traces, this calls what the operator would call: PyTorch's dispatcher takes about as long
+    for an operator that is written in Python as the host takes for all of its launches.
+
+    Args:
+        name: of the operator.
+        x_NI: the activations.
+        arguments: all that the operator takes, x_NI too.
+    """
+    if x_NI.is_cuda and type(x_NI) is torch.Tensor and not torch.compiler.is_compiling():
+        with torch.no_grad():
+            return _ON_CUDA[name](*arguments)
+    return getattr(torch.ops.phatgoose, name)(*arguments)
 
 
 @torch.library.custom_op("phatgoose::mix_loras", mutates_args=())

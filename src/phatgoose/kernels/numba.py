@@ -1,0 +1,209 @@
+"""Many tokens on a CPU: loops over tokens and experts, compiled by Numba and shared out among its threads.
+
+`grouped` calls a matrix product for every expert, of a few rows each; with many experts the calls cost more than
+the arithmetic. Here all of them are one loop, and the choice of experts and the sum with the base layer's output
+need no tensors in between. fp32 only; `mix_loras` leaves other dtypes, and whatever wants a gradient, to `grouped`.
+
+Every number has one writer, and a token's slots are added in order, so the same input gives the same bits.
+Extra memory: N * E and N * K * R numbers. M below is N * K (token, slot) pairs, sorted by expert, then slot, then
+token. The interpreter's lock is held, so no two loops run at once: one of Numba's thread pools forbids that.
+
+Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, TypeAlias
+
+import numba
+import numpy as np
+import torch
+from numba import config
+
+from phatgoose.kernels import grouped
+
+Array: TypeAlias = np.ndarray[Any, Any]
+
+# sums may be split over vector lanes; infinities and NaN keep their meaning
+_FASTMATH = {"reassoc", "contract"}
+
+
+def mix_loras(
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    weights_NK: torch.Tensor,
+    expert_ids_NK: torch.Tensor,
+) -> torch.Tensor:
+    """See `phatgoose.kernels.mix_loras`."""
+    tensors = (x_NI, a_ERI, b_ERO, weights_NK)
+    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if wants_gradient or x_NI.device.type != "cpu" or x_NI.dtype != torch.float32:
+        return grouped.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
+    y_NO = x_NI.new_zeros(x_NI.shape[0], b_ERO.shape[2])
+    _add(y_NO, x_NI, a_ERI, b_ERO, _array(weights_NK.float()), _array(expert_ids_NK))
+    return y_NO
+
+
+def route_and_add(
+    y_NO: torch.Tensor,
+    x_NI: torch.Tensor,
+    a_ERI: torch.Tensor,
+    b_ERO: torch.Tensor,
+    prototypes_EI: torch.Tensor,
+    sums_E: torch.Tensor,
+    bias_NE: torch.Tensor,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Choose experts for each token and add their updates to y_NO; all on the CPU, in fp32, without gradients.
+
+    Of equal scores the lower expert id wins. NaN counts as the largest.
+
+    Args:
+        y_NO: the base layer's output, without gaps.
+        prototypes_EI, sums_E: see `phatgoose.kernels.prototypes`.
+        bias_NE: added to the scores; one row counts for all tokens.
+
+    Returns:
+        (weights_NK in fp32, expert_ids_NK in int64); see `routing_operators.route_and_add_`.
+    """
+    dots_NE = x_NI @ prototypes_EI.T
+    _use_threads()
+    scores_NK, ids_NK = _choose(_array(dots_NE), _array(x_NI), _array(sums_E), _array(bias_NE.float()), top_k, eps)
+    weights_NK = torch.softmax(torch.from_numpy(scores_NK) / temperature, dim=1).nan_to_num(0.0)
+    _add(y_NO, x_NI, a_ERI, b_ERO, weights_NK.numpy(), ids_NK)
+    return weights_NK, torch.from_numpy(ids_NK)
+
+
+def _add(
+    y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, weights_NK: Array, ids_NK: Array
+) -> None:
+    """y_NO += the updates."""
+    _use_threads()
+    pairs_M, begins = _sorted_pairs(ids_NK, a_ERI.shape[0])
+    h_MR = _shrink(_array(x_NI), _array(a_ERI), weights_NK, pairs_M, begins)
+    _expand(h_MR, _array(b_ERO), pairs_M, begins, y_NO.detach().numpy(), ids_NK.shape[1])
+
+
+def _use_threads() -> None:
+    """As many as PyTorch."""
+    most: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(torch.get_num_threads(), most))
+
+
+def _array(tensor: torch.Tensor) -> Array:
+    return tensor.detach().contiguous().numpy()
+
+
+@numba.njit(cache=True, fastmath=_FASTMATH)
+def _mean_and_rstd(x_I: Array, eps: float) -> tuple[Any, Any]:
+    total = np.float32(0)
+    for i in range(len(x_I)):
+        total += x_I[i]
+    mean = np.float32(total / len(x_I))
+    square = np.float32(0)
+    for i in range(len(x_I)):
+        square += (x_I[i] - mean) * (x_I[i] - mean)
+    return mean, np.float32(1 / math.sqrt(square / len(x_I) + eps))
+
+
+@numba.njit(cache=True)
+def _is_larger(score: Any, other: Any) -> bool:
+    return score > other or (math.isnan(score) and not math.isnan(other))
+
+
+@numba.njit(cache=True, parallel=True)
+def _choose(dots_NE: Array, x_NI: Array, sums_E: Array, bias_NE: Array, top_k: int, eps: float) -> tuple[Array, Array]:
+    """(scores_NK, ids_NK) of the largest scores, the largest first."""
+    num_tokens, num_experts = dots_NE.shape
+    scores_NK = np.empty((num_tokens, top_k), np.float32)
+    ids_NK = np.empty((num_tokens, top_k), np.int64)
+    for n in numba.prange(num_tokens):
+        mean, rstd = _mean_and_rstd(x_NI[n], eps)
+        bias_E = bias_NE[np.int64(n) % len(bias_NE)]  # one row, or each token's
+        for e in range(num_experts):
+            score = np.float32((dots_NE[n, e] - mean * sums_E[e]) * rstd + bias_E[e])
+            if e >= top_k and not _is_larger(score, scores_NK[n, top_k - 1]):
+                continue
+            place = min(e, top_k)  # so many are kept; the new one goes behind those that are as large
+            while place > 0 and _is_larger(score, scores_NK[n, place - 1]):
+                if place < top_k:
+                    scores_NK[n, place] = scores_NK[n, place - 1]
+                    ids_NK[n, place] = ids_NK[n, place - 1]
+                place -= 1
+            if place < top_k:
+                scores_NK[n, place] = score
+                ids_NK[n, place] = e
+    return scores_NK, ids_NK
+
+
+@numba.njit(cache=True)
+def _sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
+    """(pairs_M as n * K + k, begins of the bins expert * K + slot), by counting."""
+    num_tokens, top_k = ids_NK.shape
+    begins = np.zeros(num_experts * top_k + 1, np.int64)
+    for n in range(num_tokens):
+        for k in range(top_k):
+            begins[ids_NK[n, k] * top_k + k + 1] += 1
+    begins = np.cumsum(begins)
+    place = begins.copy()
+    pairs_M = np.empty(num_tokens * top_k, np.int64)
+    for n in range(num_tokens):
+        for k in range(top_k):
+            group = ids_NK[n, k] * top_k + k
+            pairs_M[place[group]] = n * top_k + k
+            place[group] += 1
+    return pairs_M, begins
+
+
+@numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
+def _shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins: Array) -> Array:
+    """h_MR: weight * (A x) of sorted pairs; x is read once for four rows of A."""
+    num_experts, rank, in_features = a_ERI.shape
+    top_k = weights_NK.shape[1]
+    h_MR = np.empty((len(pairs_M), rank), np.float32)
+    for e in numba.prange(num_experts):
+        for m in range(begins[e * top_k], begins[(e + 1) * top_k]):
+            n = pairs_M[m] // top_k
+            weight = weights_NK[n, pairs_M[m] - n * top_k]
+            for r in range(0, rank - 3, 4):
+                h0 = h1 = h2 = h3 = np.float32(0)
+                for i in range(in_features):
+                    h0 += x_NI[n, i] * a_ERI[e, r, i]
+                    h1 += x_NI[n, i] * a_ERI[e, r + 1, i]
+                    h2 += x_NI[n, i] * a_ERI[e, r + 2, i]
+                    h3 += x_NI[n, i] * a_ERI[e, r + 3, i]
+                h_MR[m, r] = h0 * weight
+                h_MR[m, r + 1] = h1 * weight
+                h_MR[m, r + 2] = h2 * weight
+                h_MR[m, r + 3] = h3 * weight
+            for r in range(rank - rank % 4, rank):
+                h0 = np.float32(0)
+                for i in range(in_features):
+                    h0 += x_NI[n, i] * a_ERI[e, r, i]
+                h_MR[m, r] = h0 * weight
+    return h_MR
+
+
+@numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
+def _expand(h_MR: Array, b_ERO: Array, pairs_M: Array, begins: Array, y_NO: Array, top_k: int) -> None:
+    """y_NO += B h. One slot after the other: within a slot a token occurs once, so no two threads write one row."""
+    num_experts, rank, out_features = b_ERO.shape
+    for k in range(top_k):
+        for e in numba.prange(num_experts):
+            for m in range(begins[e * top_k + k], begins[e * top_k + k + 1]):
+                n = pairs_M[m] // top_k
+                for r in range(0, rank - 3, 4):
+                    for o in range(out_features):
+                        y_NO[n, o] += (
+                            h_MR[m, r] * b_ERO[e, r, o]
+                            + h_MR[m, r + 1] * b_ERO[e, r + 1, o]
+                            + h_MR[m, r + 2] * b_ERO[e, r + 2, o]
+                            + h_MR[m, r + 3] * b_ERO[e, r + 3, o]
+                        )
+                for r in range(rank - rank % 4, rank):
+                    for o in range(out_features):
+                        y_NO[n, o] += h_MR[m, r] * b_ERO[e, r, o]

@@ -1,0 +1,122 @@
+"""Routing and mixing in Numba's loops: what the router's own code and `reference` give."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import assert_close, llama, make_pool, token_ids
+
+from phatgoose.kernels import numba, reference
+from phatgoose.kernels.prototypes import split
+from phatgoose.routed import RoutedModel
+
+TOKENS, EXPERTS, INPUTS, OUTPUTS, EPS = 70, 21, 45, 30, 1e-5
+
+
+def layer(top_k: int, rank: int = 6, mean: float = 0.5) -> tuple[torch.Tensor, ...]:
+    """(x_NI, a_ERI, b_ERO, prototypes_EI); neither width, nor rank, is a multiple of a vector's lanes."""
+    torch.manual_seed(top_k + rank)
+    gates_EI = torch.nn.functional.layer_norm(torch.randn(EXPERTS, INPUTS), (INPUTS,), eps=EPS)
+    factors = torch.randn(EXPERTS, rank, INPUTS), torch.randn(EXPERTS, rank, OUTPUTS)
+    return torch.randn(TOKENS, INPUTS) + mean, *factors, gates_EI / math.sqrt(INPUTS)
+
+
+def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.layer_norm(x_NI.double(), (INPUTS,), eps=EPS) @ prototypes_EI.double().T
+
+
+@pytest.mark.parametrize("rows", [1, TOKENS])
+@pytest.mark.parametrize("mean", [0.5, 300.0])
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_route_and_add(top_k: int, mean: float, rows: int) -> None:
+    x_NI, a_ERI, b_ERO, prototypes_EI = layer(top_k, mean=mean)
+    hi_EI, _, sums_E = split(prototypes_EI, torch.float32)
+    bias_NE = torch.randn(rows, EXPERTS)
+    bias_NE[:, 3] = -math.inf
+    y_NO = torch.full((TOKENS, OUTPUTS), 0.25)
+    weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, hi_EI, sums_E, bias_NE, top_k, EPS, 0.5)
+    top_NK, expected_NK = (scores(x_NI, prototypes_EI) + bias_NE).topk(top_k)
+    # a mean of 300 takes as much of fp32's bits
+    tolerance = max(1.0, mean) * 1e-5
+    gaps_N = (scores(x_NI, prototypes_EI) + bias_NE).topk(top_k + 1).values.diff(dim=1).abs().min(dim=1).values
+    clear_N = gaps_N > 2 * tolerance
+    assert clear_N.double().mean() > 0.8
+    assert torch.equal(ids_NK[clear_N], expected_NK[clear_N])
+    torch.testing.assert_close(
+        weights_NK[clear_N].double(), (top_NK / 0.5).softmax(1)[clear_N], rtol=0, atol=4 * tolerance
+    )
+    expected = 0.25 + reference.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+    torch.testing.assert_close(y_NO, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_same_bits_twice() -> None:
+    x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
+    prototypes = split(prototypes_EI, torch.float32)
+    found = []
+    for _ in range(2):
+        y_NO = torch.zeros(TOKENS, OUTPUTS)
+        arguments = (prototypes.hi_EI, prototypes.sums_E, torch.zeros(1, EXPERTS), 2, EPS, 1.0)
+        found.append((y_NO, *numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, *arguments)))
+    for once, again in zip(*found, strict=True):
+        assert torch.equal(once, again)
+
+
+def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
+    x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
+    hi_EI, _, sums_E = split(torch.zeros_like(prototypes_EI), torch.float32)
+    bias_NE = torch.zeros(1, EXPERTS)
+    bias_NE[0, 0] = -1.0
+
+    def chosen(top_k: int = 3) -> tuple[list[int], list[float]]:
+        y_NO = torch.zeros(TOKENS, OUTPUTS)
+        weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, hi_EI, sums_E, bias_NE, top_k, EPS, 1.0)
+        return ids_NK[5].tolist(), weights_NK[5].tolist()
+
+    assert chosen() == ([1, 2, 3], pytest.approx([1 / 3] * 3))
+    bias_NE[0, 7] = math.nan
+    assert chosen()[0] == [7, 1, 2]
+    bias_NE[0, :] = -math.inf
+    assert chosen() == ([0, 1, 2], [0.0] * 3)
+    bias_NE[0, 4] = 0.0
+    assert chosen(1) == ([4], [1.0])
+
+
+@pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior", "arrow"])
+def test_models_and_traces_agree(router: str, tmp_path: Path) -> None:
+    pool = make_pool(llama, tmp_path, num_experts=12)
+    ids = token_ids(3, 14)  # more tokens than are routed one by one
+    found = []
+    for backend in ("reference", "numba"):
+        model = RoutedModel.from_pool(llama(), pool, router=router, backend=backend)
+        loops = [linear.loops for linear in model.routed_linears().values()]
+        assert all(loops) == any(loops) == (backend == "numba" and router != "arrow")
+        with torch.no_grad(), model.trace() as trace, model.without(["e1"]):
+            found.append((model(ids).logits, {site: trace.routing(site) for site in trace.sites}))
+    assert_close(found[1][0], found[0][0])
+    for site, routing in found[0][1].items():
+        assert torch.equal(found[1][1][site].expert_ids_BSK, routing.expert_ids_BSK)
+        torch.testing.assert_close(found[1][1][site].weights_BSK, routing.weights_BSK)
+
+
+def test_gradients_take_the_other_way(tmp_path: Path) -> None:
+    pool = make_pool(llama, tmp_path, num_experts=12)
+    x = torch.randn(1, 40, 32, requires_grad=True)
+    gradients = []
+    for backend in ("reference", "numba"):
+        model = RoutedModel.from_pool(llama(), pool, backend=backend)
+        gradients.append(torch.autograd.grad(model(inputs_embeds=x).logits.square().sum(), x)[0])
+    assert_close(*gradients)
+
+
+def test_an_expert_that_came_later_is_routed_to(tmp_path: Path) -> None:
+    pool = make_pool(llama, tmp_path, num_experts=12)
+    model = RoutedModel.from_pool(llama(), pool, backend="numba", capacity=12)
+    ids = token_ids(3, 14)
+    expert = pool.expert("e5")
+    model.remove_expert("e5")
+    model.add_expert(expert)
+    with torch.no_grad():
+        assert_close(model(ids).logits, RoutedModel.from_pool(llama(), pool, backend="reference")(ids).logits)
