@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from measuring import device_name, milliseconds, write_rows
 
-from phatgoose.kernels import choose, load
+from phatgoose.kernels import choose, load, runs_numba
 
-BACKENDS = ("vectors", "gather", "grouped", "dense")
+BACKENDS = ("vectors", "gather", "grouped", "dense", "numba")
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def measure(features: int, experts: int, tokens: int, args: argparse.Namespace) 
     calls = {name: partial(load(name), x_NI, a_ERI, b_ERO, weights_NK, ids_NK) for name in BACKENDS}
     times = milliseconds(calls, args.rounds)
     best = min(times, key=lambda name: times[name])
-    auto = choose(tokens, args.top_k, experts, args.rank, on_cpu=True)
+    auto = choose(tokens, args.top_k, experts, args.rank, on_cpu=True, numba=runs_numba(torch.float32))
     print(
         f"d {features} N {experts} T {tokens}: "
         + "  ".join(f"{name} {ms:.3f}" for name, ms in times.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -28,16 +30,22 @@ def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x_NI.double(), (INPUTS,), eps=EPS) @ prototypes_EI.double().T
 
 
+@pytest.mark.parametrize("at_once", [1, TOKENS])
 @pytest.mark.parametrize("rows", [1, TOKENS])
 @pytest.mark.parametrize("mean", [0.5, 300.0])
 @pytest.mark.parametrize("top_k", [1, 2, 5])
-def test_route_and_add(top_k: int, mean: float, rows: int) -> None:
+def test_route_and_add(top_k: int, mean: float, rows: int, at_once: int) -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(top_k, mean=mean)
     hi_EI, _, sums_E = split(prototypes_EI, torch.float32)
     bias_NE = torch.randn(rows, EXPERTS)
     bias_NE[:, 3] = -math.inf
     y_NO = torch.full((TOKENS, OUTPUTS), 0.25)
-    weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, hi_EI, sums_E, bias_NE, top_k, EPS, 0.5)
+    found = []
+    for n in range(0, TOKENS, at_once):
+        tokens = slice(n, n + at_once)
+        whole = numba.Layer.of(a_ERI, b_ERO, hi_EI, sums_E, bias_NE if rows == 1 else bias_NE[tokens])
+        found.append(numba.route_and_add(y_NO[tokens], x_NI[tokens], whole, top_k, EPS, 0.5))
+    weights_NK, ids_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
     top_NK, expected_NK = (scores(x_NI, prototypes_EI) + bias_NE).topk(top_k)
     # a mean of 300 takes as much of fp32's bits
     tolerance = max(1.0, mean) * 1e-5
@@ -52,14 +60,29 @@ def test_route_and_add(top_k: int, mean: float, rows: int) -> None:
     torch.testing.assert_close(y_NO, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
+def test_the_number_of_threads_stays() -> None:
+    """Numba starts its threads once, so in a process of its own."""
+    program = """
+import torch
+from phatgoose import kernels
+for number in (1, 2):
+    torch.set_num_threads(number)
+    factors = torch.randn(2, 40, 4, 64)
+    kernels.mix_loras(torch.randn(9, 64), *factors, torch.ones(9, 2), torch.zeros(9, 2, dtype=int), "numba")
+    print(torch.get_num_threads())
+"""
+    found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    assert found.split() == ["1", "2"]
+
+
 def test_same_bits_twice() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
     prototypes = split(prototypes_EI, torch.float32)
     found = []
     for _ in range(2):
         y_NO = torch.zeros(TOKENS, OUTPUTS)
-        arguments = (prototypes.hi_EI, prototypes.sums_E, torch.zeros(1, EXPERTS), 2, EPS, 1.0)
-        found.append((y_NO, *numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, *arguments)))
+        whole = numba.Layer.of(a_ERI, b_ERO, prototypes.hi_EI, prototypes.sums_E, torch.zeros(1, EXPERTS))
+        found.append((y_NO, *numba.route_and_add(y_NO, x_NI, whole, 2, EPS, 1.0)))
     for once, again in zip(*found, strict=True):
         assert torch.equal(once, again)
 
@@ -71,9 +94,14 @@ def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
     bias_NE[0, 0] = -1.0
 
     def chosen(top_k: int = 3) -> tuple[list[int], list[float]]:
-        y_NO = torch.zeros(TOKENS, OUTPUTS)
-        weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI, a_ERI, b_ERO, hi_EI, sums_E, bias_NE, top_k, EPS, 1.0)
-        return ids_NK[5].tolist(), weights_NK[5].tolist()
+        found = []
+        for tokens in (TOKENS, 1):
+            y_NO = torch.zeros(tokens, OUTPUTS)
+            whole = numba.Layer.of(a_ERI, b_ERO, hi_EI, sums_E, bias_NE)
+            weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI[:tokens], whole, top_k, EPS, 1.0)
+            found.append((ids_NK[0].tolist(), pytest.approx(weights_NK[0].tolist())))
+        assert found[0][0] == found[1][0] and found[0][1].expected == found[1][1]
+        return found[0][0], found[0][1].expected
 
     assert chosen() == ([1, 2, 3], pytest.approx([1 / 3] * 3))
     bias_NE[0, 7] = math.nan
@@ -111,12 +139,28 @@ def test_gradients_take_the_other_way(tmp_path: Path) -> None:
     assert_close(*gradients)
 
 
+def test_a_model_that_was_converted_is_read_anew(tmp_path: Path) -> None:
+    model = RoutedModel.from_pool(llama(), make_pool(llama, tmp_path, num_experts=12), backend="numba")
+    ids = token_ids(3, 14)
+    with torch.no_grad():
+        expected = model(ids).logits
+        for linear in model.routed_linears().values():
+            linear.b_ERO = torch.zeros_like(linear.b_ERO)
+        model.float()
+        without = llama()(ids).logits
+        assert not torch.allclose(expected, without)
+        assert_close(model(ids).logits, without)
+
+
 def test_an_expert_that_came_later_is_routed_to(tmp_path: Path) -> None:
     pool = make_pool(llama, tmp_path, num_experts=12)
     model = RoutedModel.from_pool(llama(), pool, backend="numba", capacity=12)
     ids = token_ids(3, 14)
     expert = pool.expert("e5")
+    with torch.no_grad():
+        model(ids)
     model.remove_expert("e5")
     model.add_expert(expert)
     with torch.no_grad():
+        assert_close(model(ids[:1, :1]).logits, RoutedModel.from_pool(llama(), pool)(ids[:1, :1]).logits)
         assert_close(model(ids).logits, RoutedModel.from_pool(llama(), pool, backend="reference")(ids).logits)

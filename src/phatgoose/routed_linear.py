@@ -59,8 +59,9 @@ class RoutedLinear(WrappedLinear):
         self.register_buffer("a_ERI", stack.a_ERI, persistent=False)
         self.register_buffer("b_ERO", stack.b_ERO, persistent=False)
         self.fused = self.beside = False
-        # whether Numba's loops route and mix many tokens on a CPU
+        # whether Numba's loops route and mix on a CPU; and what they read, once they have
         self.loops = False
+        self._loops_layer: Any = None
         if isinstance(router, Phatgoose) and router.standardises:
             self.fused = self.backend == "triton"
             self.loops = self.backend in ("auto", "numba") and kernels.runs_numba(self.a_ERI.dtype)
@@ -95,10 +96,7 @@ class RoutedLinear(WrappedLinear):
             choice = triton.call("route_and_add_", x_NI, y.view(-1, y.shape[-1]), x_NI, *question)
             return self._recorded(Routing(*choice), x.shape, y)
         if self.loops and self._takes_loops(x_NI, y):
-            from phatgoose.kernels import numba
-
-            a_ERI, b_ERO, hi_EI, _, sums_E, *rest = self.question(len(x_NI))
-            choice = numba.route_and_add(y.view(-1, y.shape[-1]), x_NI, a_ERI, b_ERO, hi_EI, sums_E, *rest)
+            choice = self._route_in_loops(x_NI, y.view(-1, y.shape[-1]))
             return self._recorded(Routing(*choice), x.shape, y)
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
@@ -144,6 +142,7 @@ class RoutedLinear(WrappedLinear):
     def to_base(self) -> RoutedLinear:
         """Move what is new to the device of the base layer (which may be quantised)."""
         device = self._base_device()
+        self._loops_layer = None
         self.a_ERI = self.a_ERI.to(device)
         self.b_ERO = self.b_ERO.to(device)
         if self.fused or self.loops:
@@ -165,7 +164,7 @@ class RoutedLinear(WrappedLinear):
         return self.a_ERI, self.b_ERO, *prototypes, added_NE, self.router.top_k, self.eps, self.router.temperature
 
     def _takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether these tokens are many, on a CPU, and nobody has to follow what happens to them."""
+        """Whether Numba's loops are fast for these tokens, and nobody has to follow what happens to them."""
         if x_NI.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(self.record, ScoresRecord):
             return False
         if (
@@ -176,7 +175,27 @@ class RoutedLinear(WrappedLinear):
         ):
             return False
         num_experts, rank, _ = self.a_ERI.shape
-        return kernels.choose(len(x_NI), self.router.top_k, num_experts, rank, on_cpu=True, numba=True) == "numba"
+        # beside Numba's loops "vectors" is for one token, whose routing they do as well
+        mixing = kernels.choose(len(x_NI), self.router.top_k, num_experts, rank, on_cpu=True, numba=True)
+        return mixing in ("numba", "vectors")
+
+    def _route_in_loops(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """y_NO += the updates; (weights_NK, expert_ids_NK)."""
+        from phatgoose.kernels import numba
+
+        if self._loops_layer is None:
+            tensors = (self.a_ERI, self.b_ERO, self.hi_EI, self.sums_E, self.router.absent_E.unsqueeze(0))
+            self._loops_layer = numba.Layer.of(*tensors)
+        layer = self._loops_layer
+        for term_NE in (self._bias(len(x_NI)), self._mask(len(x_NI))):
+            if term_NE is not None:
+                layer = layer._replace(bias_NE=layer.bias_NE + term_NE.detach().float().numpy())
+        return numba.route_and_add(y_NO, x_NI, layer, self.router.top_k, self.eps, self.router.temperature)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
+        """Move or convert; what the loops read is looked up again."""
+        self._loops_layer = None
+        return super()._apply(fn, recurse)
 
     def _recorded(self, routing: Routing, shape: torch.Size, y: torch.Tensor) -> torch.Tensor:
         """y; the routing goes to the record, if there is one."""

@@ -118,13 +118,15 @@ def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: 
     Args:
         numba: whether `runs_numba`.
     """
-    # a CPU reads factors where they lie; reading ids on the host would stall a GPU
-    if on_cpu and 2 * top_k <= num_experts and num_tokens * top_k <= min(32, num_experts // 2):
-        return "vectors"
-    if num_experts * rank <= 128 or 2 * top_k > num_experts:
+    if 2 * top_k > num_experts or num_experts * rank <= 32:
         return "dense"
+    # a CPU reads factors where they lie; reading ids on the host would stall a GPU
+    if on_cpu and num_tokens * top_k <= min(32, num_experts // 2) and (num_tokens == 1 or not numba):
+        return "vectors"
     if numba:
         return "numba"
+    if num_experts * rank <= 128:
+        return "dense"
     if num_tokens * top_k <= min(16, num_experts // 8):
         return "gather"
     if num_experts * rank <= 256 and num_tokens <= 64:

@@ -1,4 +1,4 @@
-"""Many tokens on a CPU: loops over tokens and experts, compiled by Numba and shared out among its threads.
+"""Routing and mixing on a CPU: loops over tokens and experts, compiled by Numba and shared out among its threads.
 
 `grouped` calls a matrix product for every expert, of a few rows each; with many experts the calls cost more than
 the arithmetic. Here all of them are one loop, and the choice of experts and the sum with the base layer's output
@@ -14,7 +14,7 @@ Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R ra
 from __future__ import annotations
 
 import math
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numba
 import numpy as np
@@ -42,56 +42,70 @@ def mix_loras(
     if wants_gradient or x_NI.device.type != "cpu" or x_NI.dtype != torch.float32:
         return grouped.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
     y_NO = x_NI.new_zeros(x_NI.shape[0], b_ERO.shape[2])
-    _add(y_NO, x_NI, a_ERI, b_ERO, _array(weights_NK.float()), _array(expert_ids_NK))
+    _use_threads()
+    x, a, b, weights, ids = (_array(t) for t in (x_NI, a_ERI, b_ERO, weights_NK.float(), expert_ids_NK))
+    _add(y_NO.numpy(), x, a, b, weights, ids)
     return y_NO
 
 
+class Layer(NamedTuple):
+    """A layer's experts as the loops read them: views of tensors in fp32 on the CPU; what is written there counts.
+
+    Attributes:
+        prototypes_EI, sums_E: see `phatgoose.kernels.prototypes`.
+        bias_NE: added to the scores; one row counts for all tokens. -inf forbids an expert.
+    """
+
+    a_ERI: Array
+    b_ERO: Array
+    prototypes_EI: Array
+    sums_E: Array
+    bias_NE: Array
+
+    @classmethod
+    def of(cls, *tensors: torch.Tensor) -> Layer:
+        """From tensors without gaps."""
+        return cls(*(t.detach().numpy() for t in tensors))
+
+
 def route_and_add(
-    y_NO: torch.Tensor,
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    prototypes_EI: torch.Tensor,
-    sums_E: torch.Tensor,
-    bias_NE: torch.Tensor,
-    top_k: int,
-    eps: float,
-    temperature: float,
+    y_NO: torch.Tensor, x_NI: torch.Tensor, layer: Layer, top_k: int, eps: float, temperature: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts for each token and add their updates to y_NO; all on the CPU, in fp32, without gradients.
+    """Choose experts for each token and add their updates to y_NO; without gradients.
 
     Of equal scores the lower expert id wins. NaN counts as the largest.
 
     Args:
-        y_NO: the base layer's output, without gaps.
-        prototypes_EI, sums_E: see `phatgoose.kernels.prototypes`.
-        bias_NE: added to the scores; one row counts for all tokens.
+        y_NO: the base layer's output, without gaps, in fp32 on the CPU as x_NI is.
 
     Returns:
         (weights_NK in fp32, expert_ids_NK in int64); see `routing_operators.route_and_add_`.
     """
-    dots_NE = x_NI @ prototypes_EI.T
     _use_threads()
-    scores_NK, ids_NK = _choose(_array(dots_NE), _array(x_NI), _array(sums_E), _array(bias_NE.float()), top_k, eps)
+    x = _array(x_NI)
+    if len(x) == 1:
+        weights, ids_NK = _route_and_add_one(y_NO.numpy(), x, *layer, top_k, eps, temperature)
+        return torch.from_numpy(weights), torch.from_numpy(ids_NK)
+    dots_NE = x_NI @ torch.from_numpy(layer.prototypes_EI).T
+    scores_NK, ids_NK = _choose(dots_NE.numpy(), x, layer.sums_E, layer.bias_NE, top_k, eps)
     weights_NK = torch.softmax(torch.from_numpy(scores_NK) / temperature, dim=1).nan_to_num(0.0)
-    _add(y_NO, x_NI, a_ERI, b_ERO, weights_NK.numpy(), ids_NK)
+    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK.numpy(), ids_NK)
     return weights_NK, torch.from_numpy(ids_NK)
 
 
-def _add(
-    y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, weights_NK: Array, ids_NK: Array
-) -> None:
+def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array, ids_NK: Array) -> None:
     """y_NO += the updates."""
-    _use_threads()
-    pairs_M, begins = _sorted_pairs(ids_NK, a_ERI.shape[0])
-    h_MR = _shrink(_array(x_NI), _array(a_ERI), weights_NK, pairs_M, begins)
-    _expand(h_MR, _array(b_ERO), pairs_M, begins, y_NO.detach().numpy(), ids_NK.shape[1])
+    pairs_M, begins = _sorted_pairs(ids_NK, len(a_ERI))
+    h_MR = _shrink(x_NI, a_ERI, weights_NK, pairs_M, begins)
+    _expand(h_MR, b_ERO, pairs_M, begins, y_NO, ids_NK.shape[1])
 
 
 def _use_threads() -> None:
-    """As many as PyTorch."""
-    most: int = config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(torch.get_num_threads(), most))
+    """As many as PyTorch, whose number Numba changes when it starts its own, where both use one OpenMP."""
+    number, most = torch.get_num_threads(), config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
+    numba.set_num_threads(min(number, most))
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
 
 
 def _array(tensor: torch.Tensor) -> Array:
@@ -115,6 +129,18 @@ def _is_larger(score: Any, other: Any) -> bool:
     return score > other or (math.isnan(score) and not math.isnan(other))
 
 
+@numba.njit(cache=True)
+def _insert(scores_K: Array, ids_K: Array, score: Any, e: Any) -> None:
+    """Expert e, behind those that are as large; the e before it have come already."""
+    place = min(e, len(scores_K) - 1)
+    while place > 0 and _is_larger(score, scores_K[place - 1]):
+        scores_K[place] = scores_K[place - 1]
+        ids_K[place] = ids_K[place - 1]
+        place -= 1
+    scores_K[place] = score
+    ids_K[place] = e
+
+
 @numba.njit(cache=True, parallel=True)
 def _choose(dots_NE: Array, x_NI: Array, sums_E: Array, bias_NE: Array, top_k: int, eps: float) -> tuple[Array, Array]:
     """(scores_NK, ids_NK) of the largest scores, the largest first."""
@@ -126,18 +152,74 @@ def _choose(dots_NE: Array, x_NI: Array, sums_E: Array, bias_NE: Array, top_k: i
         bias_E = bias_NE[np.int64(n) % len(bias_NE)]  # one row, or each token's
         for e in range(num_experts):
             score = np.float32((dots_NE[n, e] - mean * sums_E[e]) * rstd + bias_E[e])
-            if e >= top_k and not _is_larger(score, scores_NK[n, top_k - 1]):
-                continue
-            place = min(e, top_k)  # so many are kept; the new one goes behind those that are as large
-            while place > 0 and _is_larger(score, scores_NK[n, place - 1]):
-                if place < top_k:
-                    scores_NK[n, place] = scores_NK[n, place - 1]
-                    ids_NK[n, place] = ids_NK[n, place - 1]
-                place -= 1
-            if place < top_k:
-                scores_NK[n, place] = score
-                ids_NK[n, place] = e
+            if e < top_k or _is_larger(score, scores_NK[n, top_k - 1]):
+                _insert(scores_NK[n], ids_NK[n], score, np.int64(e))
     return scores_NK, ids_NK
+
+
+@numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
+def _dots(prototypes_EI: Array, x_I: Array) -> Array:
+    dots_E = np.empty(len(prototypes_EI), np.float32)
+    for e in numba.prange(len(prototypes_EI)):
+        total = np.float32(0)
+        for i in range(len(x_I)):
+            total += prototypes_EI[e, i] * x_I[i]
+        dots_E[e] = total
+    return dots_E
+
+
+@numba.njit(cache=True)
+def _route_and_add_one(
+    y_NO: Array,
+    x_NI: Array,
+    a_ERI: Array,
+    b_ERO: Array,
+    prototypes_EI: Array,
+    sums_E: Array,
+    bias_NE: Array,
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[Array, Array]:
+    """`route_and_add` of one token, in one call and with threads for the prototypes alone: more would cost more."""
+    mean, rstd = _mean_and_rstd(x_NI[0], eps)
+    dots_E = _dots(prototypes_EI, x_NI[0])
+    scores_NK = np.empty((1, top_k), np.float32)
+    ids_NK = np.empty((1, top_k), np.int64)
+    for e in range(len(dots_E)):
+        score = np.float32((dots_E[e] - mean * sums_E[e]) * rstd + bias_NE[0, e])
+        if e < top_k or _is_larger(score, scores_NK[0, top_k - 1]):
+            _insert(scores_NK[0], ids_NK[0], score, e)
+    weights_NK = np.exp((scores_NK - scores_NK[0, 0]) / np.float32(temperature)).astype(np.float32)
+    total = weights_NK.sum()
+    for k in range(top_k):
+        # NaN where nothing was allowed
+        weights_NK[0, k] = weights_NK[0, k] / total if total > 0 else 0
+        _add_one(y_NO[0], x_NI[0], a_ERI[ids_NK[0, k]], b_ERO[ids_NK[0, k]], weights_NK[0, k])
+    return weights_NK, ids_NK
+
+
+@numba.njit(cache=True, fastmath=_FASTMATH)
+def _add_one(y_O: Array, x_I: Array, a_RI: Array, b_RO: Array, weight: Any) -> None:
+    """y += weight * B A x."""
+    rank = len(a_RI)
+    for r in range(0, rank - 3, 4):
+        h0 = h1 = h2 = h3 = np.float32(0)
+        for i in range(len(x_I)):
+            h0 += x_I[i] * a_RI[r, i]
+            h1 += x_I[i] * a_RI[r + 1, i]
+            h2 += x_I[i] * a_RI[r + 2, i]
+            h3 += x_I[i] * a_RI[r + 3, i]
+        h0, h1, h2, h3 = h0 * weight, h1 * weight, h2 * weight, h3 * weight
+        for o in range(len(y_O)):
+            y_O[o] += h0 * b_RO[r, o] + h1 * b_RO[r + 1, o] + h2 * b_RO[r + 2, o] + h3 * b_RO[r + 3, o]
+    for r in range(rank - rank % 4, rank):
+        h0 = np.float32(0)
+        for i in range(len(x_I)):
+            h0 += x_I[i] * a_RI[r, i]
+        h0 *= weight
+        for o in range(len(y_O)):
+            y_O[o] += h0 * b_RO[r, o]
 
 
 @numba.njit(cache=True)

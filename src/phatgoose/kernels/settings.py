@@ -100,13 +100,14 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *,
         splits = _splits(programs, in_features, block_i, most=16)
         scores = Scores(block_n=1, block_e=block_e, block_i=block_i, splits=splits)
     else:
-        block_n = 16 if num_tokens <= 16 else 32
-        programs = -(-num_tokens // block_n) * (layers * -(-num_experts // 16) + 1)
+        block_n, block_e = (16, 16) if num_tokens <= 16 else (32, 32)
+        programs = -(-num_tokens // block_n) * (layers * -(-num_experts // block_e) + 1)
         splits = _splits(programs, in_features, 128, most=16)
-        scores = Scores(block_n=block_n, block_e=16, block_i=128, splits=splits)
+        scores = Scores(block_n=block_n, block_e=block_e, block_i=128, splits=splits)
     return Few(
         scores=scores,
-        shrink_splits=_splits(layers * num_tokens, in_features, 256, most=16),
+        # a quarter: these programs are small, and several run on a multiprocessor
+        shrink_splits=_splits(layers * num_tokens // 4, in_features, 256, most=16),
         shrink_block_i=256,
         # one warp: a thread then has all of R of its columns (or a quarter), and sums without the other warps
         expand_block_o=64 if num_tokens <= 4 else 256,
