@@ -85,7 +85,7 @@ SWITCHES: dict[str, tuple[str, Any, Any]] = {
     "beside": ("BASE_BESIDE", False, True),
     "shared": ("SHARE_INPUT", False, True),
     "after": ("BASE_AFTER", False, True),
-    "pdl": ("MOST_TOKENS_PDL", 0, 4),
+    "pdl": ("MOST_TOKENS_PDL", 0, settings.MOST_TOKENS_PDL),
 }
 NAMES = {"beside": "base beside", "shared": "shared input", "after": "base after", "pdl": "pdl"}
 # what a row is measured on; others stay when it is written

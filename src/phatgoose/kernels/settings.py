@@ -24,8 +24,8 @@ BASE_AFTER = True
 # whether layers of one input (q, k and v; gate and up) share launches
 SHARE_INPUT = True
 # up to how many tokens each kernel starts before the one in front has ended (programmatic dependent launch, on Hopper
-# and later); 0 is off. For many tokens B's launches do.
-MOST_TOKENS_PDL = 4
+# and later), where pairs are not sorted; 0 is off. Where they are, B's launches do.
+MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
