@@ -133,7 +133,7 @@ def finish(figure: Figure, panels: Mapping[int, Any], rows: Rows, handles: Seque
         panel.grid(axis="y", which="both", color="#e3e3e3", linewidth=0.6)
         if number == 0:
             panel.set_ylabel("time / one static LoRA as a graph")
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 5), title=rows[0]["device"])
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 4), title=rows[0]["device"])
     return figure
 
 
@@ -152,7 +152,7 @@ def taken(row: Mapping[str, str]) -> str:
     few = settings.takes_few(tokens, TOP_K)
     chosen = settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
     name, pdl = f"triton, {'few' if few else 'many'}", ", pdl" if chosen.pdl else ""
-    if settings.takes_beside(tokens, TOP_K, experts, inputs * outputs):
+    if settings.takes_beside(tokens, TOP_K, inputs * outputs):
         return f"{name}, beside the base{pdl}"
     return f"{name}, before the base" if settings.BASE_AFTER and not few else name + pdl
 

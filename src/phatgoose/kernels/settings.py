@@ -14,11 +14,10 @@ from dataclasses import dataclass
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
-# whether routing and A run beside the base layer, on another stream (docs/performance.md); for how many experts, if
-# tokens are few, but more than four: with 1,000 both wait for memory; and for how many weights of the base layers, if
-# tokens are many: larger ones lose more of the L2 cache than is gained
+# whether routing and A run beside the base layer, on another stream (docs/performance.md); and with many tokens for how
+# many weights of the base layers: larger ones lose more of the L2 cache than is gained
 BASE_BESIDE = True
-MOST_EXPERTS_BESIDE, MOST_WEIGHTS_BESIDE = 256, 32 << 20
+MOST_WEIGHTS_BESIDE = 32 << 20
 # whether many tokens' updates come before the base layer, which then adds itself, where it is not beside them
 BASE_AFTER = True
 # whether layers of one input (q, k and v; gate and up) share launches
@@ -85,11 +84,9 @@ def takes_few(num_tokens: int, top_k: int) -> bool:
     return num_tokens * top_k <= MOST_PAIRS_UNSORTED
 
 
-def takes_beside(num_tokens: int, top_k: int, num_experts: int, weights: int) -> bool:
+def takes_beside(num_tokens: int, top_k: int, weights: int) -> bool:
     """Whether routing and A should run beside the base layers, which have so many weights."""
-    if takes_few(num_tokens, top_k):
-        return BASE_BESIDE and (num_tokens <= 4 or num_experts <= MOST_EXPERTS_BESIDE)
-    return BASE_BESIDE and weights <= MOST_WEIGHTS_BESIDE
+    return BASE_BESIDE and (takes_few(num_tokens, top_k) or weights <= MOST_WEIGHTS_BESIDE)
 
 
 def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True) -> Few:

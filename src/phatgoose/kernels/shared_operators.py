@@ -142,7 +142,7 @@ def routed_linears_on_cuda(
     """What `routed_linears` does on CUDA."""
     rule = (top_k, eps, temperature)
     bases = list(zip(weights, offsets, strict=True))
-    if not with_bases(x_NI, bases, downs[0], top_k):
+    if not with_bases(x_NI, bases, top_k):
         outputs = _linears(x_NI, weights, offsets)
         return outputs, *route_and_add_shared_on_cuda(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
     check_shared(weights, downs, biases)
