@@ -148,13 +148,13 @@ def points(rows: Iterable[Mapping[str, str]]) -> list[Point]:
 
 def taken(row: Mapping[str, str]) -> str:
     """The method that `RoutedLinear` takes for a row's shape, as `routed_layer.py` calls it."""
-    tokens, experts, inputs, outputs = (int(row[name]) for name in ("tokens", "experts", "inputs", "outputs"))
+    tokens, experts, inputs = (int(row[name]) for name in ("tokens", "experts", "inputs"))
     few = settings.takes_few(tokens, TOP_K)
     chosen = settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
     name, pdl = f"triton, {'few' if few else 'many'}", ", pdl" if chosen.pdl else ""
-    if settings.takes_beside(tokens, TOP_K, inputs * outputs):
-        return f"{name}, beside the base{pdl}"
-    return f"{name}, before the base" if settings.BASE_AFTER and not few else name + pdl
+    if few:
+        return f"{name}, beside the base{pdl}" if settings.BASE_BESIDE else name + pdl
+    return f"{name}, before the base" if settings.BASE_AFTER else name + pdl
 
 
 def shape_of(row: Mapping[str, str]) -> str:

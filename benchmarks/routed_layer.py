@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from phatgoose.kernels import load, settings
 from phatgoose.kernels.launches import Choice, Question, add_few, linears_and_add
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, linears_after, linears_beside
+from phatgoose.kernels.sorted_launches import add_many, linears_after
 
 RANK, TOP_K, EPS = 16, 2, 1e-5
 # a run replaces the rows of the shapes that it measures
@@ -86,11 +86,10 @@ def with_kernels(layer: Layer, chosen: settings.Few | settings.Many, base_layer:
     return y_NO, add(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, layer.question, chosen)  # type: ignore[operator]
 
 
-def beside(layer: Layer, chosen: settings.Few | settings.Many) -> Result:
-    """Ours, the base layer at the same time as routing and A."""
-    launch = linears_and_add if isinstance(chosen, settings.Few) else linears_beside
+def beside(layer: Layer, chosen: settings.Few) -> Result:
+    """Ours for few tokens, the base layer at the same time as routing and A."""
     bases, factors = [(layer.w_OI, None)], ([layer.a_ERI], [layer.b_ERO])
-    (y_NO,), choice = launch(layer.x_NI, bases, *factors, [layer.question], chosen)  # type: ignore[arg-type]
+    (y_NO,), choice = linears_and_add(layer.x_NI, bases, *factors, [layer.question], chosen)
     return y_NO, choice.of_layer(0)
 
 
@@ -124,8 +123,8 @@ def routed_methods(tokens: int, experts: int, inputs: int, device: str, torch_ba
         for pdl in (False, True) if device == "cuda" else (False,):
             chosen = dataclasses.replace(plain, pdl=pdl)
             methods[f"triton, {name}{', pdl' if pdl else ''}"] = partial(with_kernels, chosen=chosen)
-            if device == "cuda":
-                methods[f"triton, {name}, beside the base{', pdl' if pdl else ''}"] = partial(beside, chosen=chosen)
+            if few and device == "cuda":
+                methods[f"triton, few, beside the base{', pdl' if pdl else ''}"] = partial(beside, chosen=chosen)  # type: ignore[arg-type]
     methods["triton, many, before the base"] = partial(before, chosen=settings.many(tokens, TOP_K, experts, inputs))
     if torch_backends:
         backends = ["grouped"] + ["gather"] * (tokens <= 64) + ["dense"] * (experts <= 64)

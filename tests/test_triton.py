@@ -360,6 +360,13 @@ def test_nothing_grows_with_tokens_times_experts_times_features(kernel: str) -> 
     assert seen.numel < shape.tokens * shape.experts * shape.rank
 
 
+def test_scores_fill_their_waves() -> None:
+    """Three layers of 166 experts: 288 programs, where 264 run at once, would be two waves, one of them idle."""
+    assert settings.many(4096, 2, 166, 4096, 3).scores.splits == 2
+    assert settings.many(4096, 2, 166, 4096, 2).scores.splits == 1
+    assert settings.many(4096, 2, 166, 14336).scores.splits == 4  # long rows
+
+
 def test_settings_fit_every_shape() -> None:
     for tokens in (1, 2, 5, 31, 64, 65, 1000, 100_000):
         for experts in (1, 2, 33, 166, 1000, 4000):

@@ -118,22 +118,18 @@ def launch(y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: t
         return sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, routing, many)
 
 
-def with_bases(x_NI: torch.Tensor, bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]], top_k: int) -> bool:
-    """Whether the base layers (weight_OI and bias_O of each) are launched with the rest, beside it or after it."""
+def with_bases(x_NI: torch.Tensor, offsets: Sequence[torch.Tensor | None], top_k: int) -> bool:
+    """Whether the base layers, with these biases, are launched with the rest, beside it or after it.
+
+    Beside it only while a graph is captured: without one, decoding waits for the host, and two streams are more work.
+    """
     from phatgoose.kernels import settings
 
     if len(x_NI) == 0 or top_k > MOST_TOP_K:
         return False
-    after = settings.BASE_AFTER and all(bias_O is None for _, bias_O in bases)
-    return _beside(x_NI, bases, top_k) or (after and not settings.takes_few(len(x_NI), top_k))
-
-
-def _beside(x_NI: torch.Tensor, bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]], top_k: int) -> bool:
-    """Only while a graph is captured: without one, decoding waits for the host, and two streams are more work."""
-    from phatgoose.kernels import settings
-
-    weights = sum(weight_OI.numel() for weight_OI, _ in bases)
-    return settings.takes_beside(len(x_NI), top_k, weights) and torch.cuda.is_current_stream_capturing()
+    if settings.takes_few(len(x_NI), top_k):
+        return settings.BASE_BESIDE and torch.cuda.is_current_stream_capturing()
+    return settings.BASE_AFTER and all(bias_O is None for bias_O in offsets)
 
 
 def launch_with_bases(
@@ -166,7 +162,5 @@ def launch_with_bases(
             few = settings.few(num_tokens, num_experts, in_features, layers, hopper=hopper)
             return launches.linears_and_add(x_NI, bases, downs, ups, questions, few)
         many = settings.many(num_tokens, top_k, num_experts, in_features, layers, hopper=hopper)
-        if _beside(x_NI, bases, top_k):
-            return sorted_launches.linears_beside(x_NI, bases, downs, ups, questions, many)
         weights = [weight_OI for weight_OI, _ in bases]
         return sorted_launches.linears_after(x_NI, weights, downs, ups, questions, many)

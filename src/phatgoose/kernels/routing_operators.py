@@ -130,7 +130,7 @@ def routed_linear_on_cuda(
     """What `routed_linear` does on CUDA."""
     from phatgoose.kernels import launches
 
-    if not with_bases(x_NI, [(weight_OI, bias_O)], top_k):
+    if not with_bases(x_NI, [bias_O], top_k):
         y_NO = F.linear(x_NI, weight_OI, bias_O)
         weights_NK, expert_ids_NK = route_and_add_on_cuda(
             y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature

@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
-# whether routing and A run beside the base layer, on another stream (docs/performance.md); and with many tokens for how
-# many weights of the base layers: larger ones lose more of the L2 cache than is gained
+# whether few tokens' routing and A run beside the base layer, on another stream (docs/performance.md)
 BASE_BESIDE = True
-MOST_WEIGHTS_BESIDE = 32 << 20
-# whether many tokens' updates come before the base layer, which then adds itself, where it is not beside them
+# whether many tokens' updates come before the base layer, which then adds itself
 BASE_AFTER = True
 # whether layers of one input (q, k and v; gate and up) share launches
 SHARE_INPUT = True
@@ -84,11 +82,6 @@ def takes_few(num_tokens: int, top_k: int) -> bool:
     return num_tokens * top_k <= MOST_PAIRS_UNSORTED
 
 
-def takes_beside(num_tokens: int, top_k: int, weights: int) -> bool:
-    """Whether routing and A should run beside the base layers, which have so many weights."""
-    return BASE_BESIDE and (takes_few(num_tokens, top_k) or weights <= MOST_WEIGHTS_BESIDE)
-
-
 def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True) -> Few:
     """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
     if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
@@ -122,8 +115,14 @@ def many(
     shrink_rows = _rows(num_tokens * top_k / num_experts)
     expand_rows = _rows(num_tokens / num_experts)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
-    # what chooses holds a row's splits in registers
-    splits = _splits(programs, in_features, 64, most=8 if num_experts <= 256 else 2)
+    # what chooses adds a row's splits up
+    most = 8 if num_experts <= 256 else 2
+    splits = _splits(programs, in_features, 64, most=most)
+    products = -(-num_tokens // 128) * layers * -(-num_experts // 64)
+    while 2 * splits <= min(most, in_features // 64) and (
+        _is_a_wave_and_a_bit(products * splits) or in_features // splits > 4096
+    ):
+        splits *= 2
     return Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
         # so many ids are in a program's registers; many programs want few
@@ -149,6 +148,12 @@ def _splits(programs: int, in_features: int, block_i: int, most: int) -> int:
     while splits < most and programs * splits < PROGRAMS and in_features >= 2 * splits * block_i:
         splits *= 2
     return splits
+
+
+def _is_a_wave_and_a_bit(programs: int) -> bool:
+    """Whether the last of several waves of programs, two on a multiprocessor, leaves most of the GPU idle."""
+    wave = 2 * PROGRAMS
+    return programs > wave and programs / wave < 0.7 * -(-programs // wave)
 
 
 def _rows(mean_group: float) -> int:

@@ -141,12 +141,12 @@ def routed_linears_on_cuda(
 ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
     """What `routed_linears` does on CUDA."""
     rule = (top_k, eps, temperature)
-    bases = list(zip(weights, offsets, strict=True))
-    if not with_bases(x_NI, bases, top_k):
+    if not with_bases(x_NI, offsets, top_k):
         outputs = _linears(x_NI, weights, offsets)
         return outputs, *route_and_add_shared_on_cuda(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
     check_shared(weights, downs, biases)
     questions = _questions(_layers(downs, ups, his, los, sums, biases), *rule)
+    bases = list(zip(weights, offsets, strict=True))
     outputs, choice = launch_with_bases(x_NI, bases, downs, ups, questions)
     return outputs, *choice
 

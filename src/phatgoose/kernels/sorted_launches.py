@@ -7,7 +7,6 @@ M = N * K pairs, T tiles.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -52,34 +51,6 @@ def linears_after(
     return [y.addmm_(x_NI, weight_OI.T) for y, weight_OI in zip(outputs, weights, strict=True)], choice
 
 
-def linears_beside(
-    x_NI: torch.Tensor,
-    bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-    downs: Sequence[torch.Tensor],
-    ups: Sequence[torch.Tensor],
-    questions: Sequence[Question],
-    settings: Many,
-) -> tuple[list[torch.Tensor], Choice]:
-    """What `linears_after` gives, with everything but B on another stream, at the same time as the base layers.
-
-    That stream goes first where both want a multiprocessor: the base layers fill what its short kernels leave idle.
-    All memory is this stream's, so all that the other one uses is held until it is waited for.
-
-    Args:
-        bases: weight_OI and bias_O of each layer.
-        downs, ups, questions: see `add_many_shared`.
-    """
-    main = torch.cuda.current_stream(x_NI.device)
-    stream = torch.cuda.Stream(x_NI.device, priority=-1)
-    stream.wait_stream(main)
-    shrunk = _choose_and_shrink(x_NI, downs, questions, settings, stream)
-    outputs = [torch.nn.functional.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in bases]
-    main.wait_stream(stream)
-    for g, (y_NO, b_ERO) in enumerate(zip(outputs, ups, strict=True)):
-        _expand(y_NO, shrunk.h_GSMR.select(0, g), b_ERO, shrunk.pairs.of_layer(g), settings, write=False)
-    return outputs, shrunk.choice
-
-
 def add_many(
     y_NO: torch.Tensor,
     x_NI: torch.Tensor,
@@ -115,10 +86,12 @@ def add_many_shared(
     Returns:
         The choices, with an axis G in front.
     """
-    shrunk = _choose_and_shrink(x_NI, downs, routings, settings)
+    choice, ids_GKN = _choose(x_NI, routings, settings)
+    pairs = sort_pairs(ids_GKN, len(x_NI), downs[0].shape[0], settings)
+    h_GSMR = _shrink(x_NI, downs, choice.weights_NK, pairs, settings)
     for g, (y_NO, b_ERO) in enumerate(zip(outputs, ups, strict=True)):
-        _expand(y_NO, shrunk.h_GSMR.select(0, g), b_ERO, shrunk.pairs.of_layer(g), settings, write=write)
-    return shrunk.choice
+        _expand(y_NO, h_GSMR.select(0, g), b_ERO, pairs.of_layer(g), settings, write=write)
+    return choice
 
 
 class Sorted(NamedTuple):
@@ -133,73 +106,42 @@ class Sorted(NamedTuple):
         return Sorted(*(tensor.select(0, g) for tensor in self))
 
 
-class _Shrunk(NamedTuple):
-    """All that comes before B, and what its kernels read."""
-
-    choice: Choice
-    pairs: Sorted
-    h_GSMR: torch.Tensor
-    read: tuple[torch.Tensor, ...]
-
-
-def _choose_and_shrink(
-    x_NI: torch.Tensor,
-    downs: Sequence[torch.Tensor],
-    routings: Sequence[Question] | Sequence[Choice],
-    settings: Many,
-    stream: torch.cuda.Stream | None = None,
-) -> _Shrunk:
-    """Args: see `add_many_shared`; stream: where kernels run, if not on the current one, whose memory they use."""
-    choice, ids_GKN, scored = _choose(x_NI, routings, settings, stream)
-    pairs = sort_pairs(ids_GKN, len(x_NI), downs[0].shape[0], settings, stream)
-    h_GSMR = _shrink(x_NI, downs, choice.weights_NK, pairs, settings, stream)
-    return _Shrunk(choice, pairs, h_GSMR, (ids_GKN, *scored))
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
-    return torch.cuda.stream(stream) if stream else nullcontext()
-
-
 def _choose(
-    x_NI: torch.Tensor,
-    routings: Sequence[Question] | Sequence[Choice],
-    settings: Many,
-    stream: torch.cuda.Stream | None,
-) -> tuple[Choice, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`; what `score` found)."""
+    x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], settings: Many
+) -> tuple[Choice, torch.Tensor]:
+    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`)."""
     first = routings[0]
     if isinstance(first, Choice):
         choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
-        return choice, narrow_ids(choice.expert_ids_NK), ()
+        return choice, narrow_ids(choice.expert_ids_NK)
     questions: Sequence[Question] = routings  # type: ignore[assignment]
     (num_tokens, in_features), num_experts = x_NI.shape, first.hi_EI.shape[0]
-    scored = score(x_NI, questions, settings.scores, False, stream)
+    scored = score(x_NI, questions, settings.scores, False)
     choice = empty_choice(x_NI, len(questions), first.top_k)
     ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
-    with _on(stream):
-        choose_many[(num_tokens, len(questions))](
-            *scored,
-            *per_layer(questions),
-            choice.weights_NK,
-            choice.expert_ids_NK,
-            ids_GKN,
-            num_tokens,
-            num_experts,
-            in_features,
-            padded(num_experts),
-            bias_stride(first),
-            ids_GKN.shape[2],
-            first.eps,
-            first.temperature,
-            LAYERS=len(questions),
-            SPLITS=settings.scores.splits,
-            E_PAD=power_of_two(num_experts),
-            TOP_K=first.top_k,
-            K_PAD=power_of_two(first.top_k),
-            HAS_BIAS=first.bias_NE is not None,
-            num_warps=1,
-        )
-    return choice, ids_GKN, scored
+    choose_many[(num_tokens, len(questions))](
+        *scored,
+        *per_layer(questions),
+        choice.weights_NK,
+        choice.expert_ids_NK,
+        ids_GKN,
+        num_tokens,
+        num_experts,
+        in_features,
+        padded(num_experts),
+        bias_stride(first),
+        ids_GKN.shape[2],
+        first.eps,
+        first.temperature,
+        LAYERS=len(questions),
+        SPLITS=settings.scores.splits,
+        E_PAD=power_of_two(num_experts),
+        TOP_K=first.top_k,
+        K_PAD=power_of_two(first.top_k),
+        HAS_BIAS=first.bias_NE is not None,
+        num_warps=1,
+    )
+    return choice, ids_GKN
 
 
 def narrow_ids(expert_ids_GNK: torch.Tensor) -> torch.Tensor:
@@ -210,14 +152,8 @@ def narrow_ids(expert_ids_GNK: torch.Tensor) -> torch.Tensor:
     return ids_GKN
 
 
-def sort_pairs(
-    ids_GKN: torch.Tensor,
-    num_tokens: int,
-    num_experts: int,
-    settings: Many,
-    stream: torch.cuda.Stream | None = None,
-) -> Sorted:
-    """The pairs of a choice, given by `narrow_ids`. stream: where the kernel runs, if not on the current one."""
+def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, settings: Many) -> Sorted:
+    """The pairs of a choice, given by `narrow_ids`."""
     layers, top_k, stride_k = ids_GKN.shape
     shrink_tiles = _most_tiles(num_tokens * top_k, num_experts, settings.shrink_rows)
     expand_tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
@@ -227,23 +163,22 @@ def sort_pairs(
         ids_GKN.new_empty(layers, top_k, 3, expand_tiles),
     )
     block_n = min(settings.place_block_n, power_of_two(num_tokens))
-    with _on(stream):
-        place_pairs[(num_experts, layers)](
-            ids_GKN,
-            *found,
-            num_tokens,
-            stride_k,
-            triton.cdiv(num_tokens, block_n),
-            shrink_tiles,
-            expand_tiles,
-            TOP_K=top_k,
-            K_PAD=power_of_two(top_k),
-            BLOCK_N=block_n,
-            BLOCK_T=32,
-            SHRINK_ROWS=settings.shrink_rows,
-            EXPAND_ROWS=settings.expand_rows,
-            num_warps=settings.place_warps,
-        )
+    place_pairs[(num_experts, layers)](
+        ids_GKN,
+        *found,
+        num_tokens,
+        stride_k,
+        triton.cdiv(num_tokens, block_n),
+        shrink_tiles,
+        expand_tiles,
+        TOP_K=top_k,
+        K_PAD=power_of_two(top_k),
+        BLOCK_N=block_n,
+        BLOCK_T=32,
+        SHRINK_ROWS=settings.shrink_rows,
+        EXPAND_ROWS=settings.expand_rows,
+        num_warps=settings.place_warps,
+    )
     return found
 
 
@@ -253,35 +188,33 @@ def _shrink(
     weights_GNK: torch.Tensor,
     sorted_pairs: Sorted,
     settings: Many,
-    stream: torch.cuda.Stream | None,
 ) -> torch.Tensor:
     """h_GSMR: weight * (A x) of sorted pairs, fp32."""
     (layers, num_pairs), (_, rank, in_features) = sorted_pairs.pairs_M.shape, downs[0].shape
     h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=torch.float32)
     num_tiles = sorted_pairs.shrink_tiles_3T.shape[2]
-    with _on(stream):
-        shrink_many[(num_tiles, settings.shrink_splits, layers)](
-            x_NI,
-            *three(downs),
-            sorted_pairs.pairs_M,
-            weights_GNK,
-            sorted_pairs.shrink_tiles_3T,
-            h_GSMR,
-            num_pairs,
-            num_tiles,
-            in_features,
-            rank,
-            x_NI.stride(0),
-            LAYERS=layers,
-            TOP_K=weights_GNK.shape[2],
-            R_PAD=max(16, power_of_two(rank)),
-            ROWS=settings.shrink_rows,
-            BLOCK_I=settings.shrink_block_i,
-            STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
-            UPCAST=not x_NI.is_cuda,
-            num_warps=settings.shrink_warps,
-            num_stages=settings.shrink_stages,
-        )
+    shrink_many[(num_tiles, settings.shrink_splits, layers)](
+        x_NI,
+        *three(downs),
+        sorted_pairs.pairs_M,
+        weights_GNK,
+        sorted_pairs.shrink_tiles_3T,
+        h_GSMR,
+        num_pairs,
+        num_tiles,
+        in_features,
+        rank,
+        x_NI.stride(0),
+        LAYERS=layers,
+        TOP_K=weights_GNK.shape[2],
+        R_PAD=max(16, power_of_two(rank)),
+        ROWS=settings.shrink_rows,
+        BLOCK_I=settings.shrink_block_i,
+        STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+        UPCAST=not x_NI.is_cuda,
+        num_warps=settings.shrink_warps,
+        num_stages=settings.shrink_stages,
+    )
     return h_GSMR
 
 
