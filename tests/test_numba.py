@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import subprocess
 import sys
@@ -137,6 +138,18 @@ def test_gradients_take_the_other_way(tmp_path: Path) -> None:
         model = RoutedModel.from_pool(llama(), pool, backend=backend)
         gradients.append(torch.autograd.grad(model(inputs_embeds=x).logits.square().sum(), x)[0])
     assert_close(*gradients)
+
+
+def test_a_copy_reads_its_own_numbers(tmp_path: Path) -> None:
+    model = RoutedModel.from_pool(llama(), make_pool(llama, tmp_path, num_experts=12), backend="numba")
+    linear = model.routed_linears()["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(20, 32)
+    with torch.no_grad():
+        expected = linear(x)
+        copied = copy.deepcopy(linear)
+        copied.b_ERO.zero_()
+        assert_close(copied(x), linear.base(x))
+        assert torch.equal(linear(x), expected)
 
 
 def test_a_model_that_was_converted_is_read_anew(tmp_path: Path) -> None:

@@ -192,6 +192,10 @@ class RoutedLinear(WrappedLinear):
                 layer = layer._replace(bias_NE=layer.bias_NE + term_NE.detach().float().numpy())
         return numba.route_and_add(y_NO, x_NI, layer, self.router.top_k, self.eps, self.router.temperature)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies, whose loops read their own tensors."""
+        return {**self.__dict__, "_loops_layer": None}
+
     def _apply(self, fn: Any, recurse: bool = True) -> RoutedLinear:
         """Move or convert; what the loops read is looked up again."""
         self._loops_layer = None
