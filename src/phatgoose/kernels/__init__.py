@@ -142,7 +142,7 @@ def load(backend: Backend) -> MixLoras:
 
         return triton.mix_loras
     if backend == "numba":
-        if find_spec("numba") is None:
+        if not runs_numba(torch.float32):
             raise ConfigError("the backend numba needs the package of that name", fix="pip install 'phatgoose[numba]'")
         # imported when first used, because that takes a while
         from phatgoose.kernels import numba
