@@ -84,12 +84,11 @@ def experts_work(model: nn.Module, call: Call) -> Work:
 
 def _add_site(work: Work, layer: RoutedLinear, ids_BSK: torch.Tensor) -> None:
     assert isinstance(layer.router, Phatgoose)
-    kept = [layer.hi_EI, layer.lo_EI] if layer.fused else [layer.router.prototypes_EI]
-    gates = [tensor for tensor in kept if tensor is not None]
+    gates = layer.halves_HPI[:, : len(layer.a_ERI)] if layer.fused else layer.router.prototypes_EI
     chosen = len(ids_BSK.unique())
     tokens, pairs = ids_BSK.shape[0] * ids_BSK.shape[1], ids_BSK.numel()
     work.sites += 1
     work.experts += chosen
-    work.bytes += sum(tensor.nbytes for tensor in gates) + chosen * (layer.a_ERI[0].nbytes + layer.b_ERO[0].nbytes)
-    work.flops += sum(2 * tokens * tensor.numel() for tensor in gates)
+    work.bytes += gates.nbytes + chosen * (layer.a_ERI[0].nbytes + layer.b_ERO[0].nbytes)
+    work.flops += 2 * tokens * gates.numel()
     work.flops += 2 * pairs * (layer.a_ERI[0].numel() + layer.b_ERO[0].numel())

@@ -30,6 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from phatgoose.kernels import launches, settings, sorted_launches
+from phatgoose.kernels.prototypes import padded
 
 RANK, TOP_K = 16, 2
 TARGET = GPUTarget("cuda", 90, 32)
@@ -132,14 +133,15 @@ def layer_launches(
     elif chosen is None:
         chosen = settings.many(tokens, TOP_K, experts, inputs, layers)
     chosen = dataclasses.replace(chosen, pdl=pdl or chosen.pdl)
-    with FakeTensorMode(), recorded() as found:
+    captures = mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: False)  # not in a build for CPUs
+    with FakeTensorMode(), captures, recorded() as found:
         new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         x_NI, y_NO = torch.empty(tokens, inputs, **new), torch.empty(tokens, outputs, **new)
         a_ERI, b_ERO = torch.empty(experts, RANK, inputs, **new), torch.empty(experts, RANK, outputs, **new)
-        hi_EI = torch.empty(experts, inputs, **new)
+        halves_HPI = torch.empty(2, padded(experts), inputs, **new)
         bias_NE = torch.empty(1, experts, device="cuda") if bias else None
         sums_E = torch.empty(experts, device="cuda")
-        question = launches.Question(hi_EI, torch.empty_like(hi_EI), sums_E, bias_NE, TOP_K, 1e-5, 1.0)
+        question = launches.Question(halves_HPI, sums_E, bias_NE, TOP_K, 1e-5, 1.0)
         if layers > 1:
             ys, factors = [y_NO] * layers, ([a_ERI] * layers, [b_ERO] * layers)
             if isinstance(chosen, settings.Few):

@@ -28,8 +28,8 @@ def variants(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> dict[str, torch
     wide_NI = x_NI.float()
     mean_N1 = wide_NI.mean(1, keepdim=True)
     rstd_N1 = torch.rsqrt(wide_NI.var(1, correction=0, keepdim=True) + EPS)
-    hi_EI, lo_EI, sums_E = split(prototypes_EI, torch.bfloat16)
-    assert lo_EI is not None
+    halves_HPI, sums_E = split(prototypes_EI, torch.bfloat16)
+    hi_EI, lo_EI = halves_HPI[:, : len(prototypes_EI)]
     hi_NE, lo_NE = wide_NI @ hi_EI.float().T, wide_NI @ lo_EI.float().T
     only_hi_E = hi_EI.double().sum(1).float()
     return {

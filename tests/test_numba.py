@@ -27,6 +27,12 @@ def layer(top_k: int, rank: int = 6, mean: float = 0.5) -> tuple[torch.Tensor, .
     return torch.randn(TOKENS, INPUTS) + mean, *factors, gates_EI / math.sqrt(INPUTS)
 
 
+def one_number(prototypes_EI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(prototypes, their sums) as loops in fp32 read them."""
+    halves_HPI, sums_E = split(prototypes_EI, torch.float32)
+    return halves_HPI[0, : len(prototypes_EI)], sums_E
+
+
 def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.layer_norm(x_NI.double(), (INPUTS,), eps=EPS) @ prototypes_EI.double().T
 
@@ -37,7 +43,7 @@ def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_route_and_add(top_k: int, mean: float, rows: int, at_once: int) -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(top_k, mean=mean)
-    hi_EI, _, sums_E = split(prototypes_EI, torch.float32)
+    hi_EI, sums_E = one_number(prototypes_EI)
     bias_NE = torch.randn(rows, EXPERTS)
     bias_NE[:, 3] = -math.inf
     y_NO = torch.full((TOKENS, OUTPUTS), 0.25)
@@ -78,11 +84,11 @@ for number in (1, 2):
 
 def test_same_bits_twice() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
-    prototypes = split(prototypes_EI, torch.float32)
+    prototypes = one_number(prototypes_EI)
     found = []
     for _ in range(2):
         y_NO = torch.zeros(TOKENS, OUTPUTS)
-        whole = numba.Layer.of(a_ERI, b_ERO, prototypes.hi_EI, prototypes.sums_E, torch.zeros(1, EXPERTS))
+        whole = numba.Layer.of(a_ERI, b_ERO, *prototypes, torch.zeros(1, EXPERTS))
         found.append((y_NO, *numba.route_and_add(y_NO, x_NI, whole, 2, EPS, 1.0)))
     for once, again in zip(*found, strict=True):
         assert torch.equal(once, again)
@@ -90,7 +96,7 @@ def test_same_bits_twice() -> None:
 
 def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
-    hi_EI, _, sums_E = split(torch.zeros_like(prototypes_EI), torch.float32)
+    hi_EI, sums_E = one_number(torch.zeros_like(prototypes_EI))
     bias_NE = torch.zeros(1, EXPERTS)
     bias_NE[0, 0] = -1.0
 

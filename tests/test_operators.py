@@ -75,11 +75,12 @@ def test_routed_linear_is_both() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_prototypes_add_up(dtype: torch.dtype) -> None:
     prototypes_EI = torch.randn(EXPERTS, INPUTS) / INPUTS**0.5
-    hi_EI, lo_EI, sums_E = split(prototypes_EI, dtype)
-    found_EI = hi_EI.double() if lo_EI is None else hi_EI.double() + lo_EI.double()
+    halves_HPI, sums_E = split(prototypes_EI, dtype)
+    found_EI = halves_HPI[:, :EXPERTS].double().sum(0)
     bits = {torch.float32: 24, torch.bfloat16: 16, torch.float16: 20}[dtype]
     assert ((found_EI - prototypes_EI).abs() <= prototypes_EI.abs().max() * 2.0**-bits).all()
-    assert (lo_EI is None) == (dtype == torch.float32)
+    assert len(halves_HPI) == (1 if dtype == torch.float32 else 2) and halves_HPI.dtype == dtype
+    assert halves_HPI.shape[1] == 16 and halves_HPI[:, EXPERTS:].eq(0).all()  # 16 bytes at a time
     torch.testing.assert_close(sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
 
 

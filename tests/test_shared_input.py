@@ -64,9 +64,8 @@ def test_the_operator_is_sound(dtype: torch.dtype) -> None:
     downs = [torch.randn(EXPERTS, RANK, INPUTS).to(dtype) for _ in widths]
     ups = [torch.randn(EXPERTS, RANK, width).to(dtype) for width in widths]
     prototypes = [split(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, dtype) for _ in widths]
-    los = [p.lo_EI for p in prototypes if p.lo_EI is not None]
     biases = [torch.randn(1, EXPERTS) for _ in widths]
-    rest = ([p.hi_EI for p in prototypes], los, [p.sums_E for p in prototypes], biases, 2, 1e-5, 1.0)
+    rest = ([p.halves_HPI for p in prototypes], [p.sums_E for p in prototypes], biases, 2, 1e-5, 1.0)
     alone = [y.clone() for y in ys]
     torch.library.opcheck(torch.ops.phatgoose.route_and_add_shared_.default, (ys, x_NI, downs, ups, *rest))
     weights_GNK, ids_GNK = torch.ops.phatgoose.route_and_add_shared_(ys, x_NI, downs, ups, *rest)
@@ -85,8 +84,7 @@ def test_the_operator_with_the_base_layers_is_both() -> None:
     rest = (
         [torch.randn(EXPERTS, RANK, INPUTS) for _ in bases],
         [torch.randn(EXPERTS, RANK, base.out_features) for base in bases],
-        [p.hi_EI for p in prototypes],
-        [],
+        [p.halves_HPI for p in prototypes],
         [p.sums_E for p in prototypes],
         [torch.randn(1, EXPERTS) for _ in bases],
         *(2, 1e-5, 1.0),

@@ -40,8 +40,7 @@ class RoutedLinear(WrappedLinear):
 
     a_ERI: torch.Tensor
     b_ERO: torch.Tensor
-    hi_EI: torch.Tensor
-    lo_EI: torch.Tensor | None
+    halves_HPI: torch.Tensor
     sums_E: torch.Tensor
 
     def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
@@ -135,9 +134,9 @@ class RoutedLinear(WrappedLinear):
         self.router.put(slot, router)
         if self.fused or self.loops:
             assert isinstance(router, Phatgoose)
-            for name, one in split(router.prototypes_EI, self.a_ERI.dtype)._asdict().items():
-                if one is not None:
-                    self.get_buffer(name)[slot].copy_(one[0])
+            one = split(router.prototypes_EI, self.a_ERI.dtype)
+            self.halves_HPI[:, slot].copy_(one.halves_HPI[:, 0])
+            self.sums_E[slot].copy_(one.sums_E[0])
 
     def to_base(self) -> RoutedLinear:
         """Move what is new to the device of the base layer (which may be quantised)."""
@@ -146,8 +145,7 @@ class RoutedLinear(WrappedLinear):
         self.a_ERI = self.a_ERI.to(device)
         self.b_ERO = self.b_ERO.to(device)
         if self.fused or self.loops:
-            self.hi_EI, self.sums_E = self.hi_EI.to(device), self.sums_E.to(device)
-            self.lo_EI = None if self.lo_EI is None else self.lo_EI.to(device)
+            self.halves_HPI, self.sums_E = self.halves_HPI.to(device), self.sums_E.to(device)
         self.router.to(device)
         return self
 
@@ -160,7 +158,7 @@ class RoutedLinear(WrappedLinear):
         for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
                 added_NE = added_NE + term_NE
-        prototypes = (self.hi_EI, self.lo_EI, self.sums_E)
+        prototypes = (self.halves_HPI, self.sums_E)
         return self.a_ERI, self.b_ERO, *prototypes, added_NE, self.router.top_k, self.eps, self.router.temperature
 
     def _takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
@@ -184,8 +182,9 @@ class RoutedLinear(WrappedLinear):
         from phatgoose.kernels import numba
 
         if self._loops_layer is None:
-            tensors = (self.a_ERI, self.b_ERO, self.hi_EI, self.sums_E, self.router.absent_E.unsqueeze(0))
-            self._loops_layer = numba.Layer.of(*tensors)
+            prototypes_EI = self.halves_HPI[0, : len(self.a_ERI)]
+            absent_1E = self.router.absent_E.unsqueeze(0)
+            self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, prototypes_EI, self.sums_E, absent_1E)
         layer = self._loops_layer
         for term_NE in (self._bias(len(x_NI)), self._mask(len(x_NI))):
             if term_NE is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from phatgoose.kernels import triton
+from phatgoose.kernels.prototypes import join
 from phatgoose.routers import Routing
 from phatgoose.trace import ScoresRecord
 
@@ -75,9 +76,8 @@ class SharedInput:
         if len(x_NI) == 0 or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
             return None
         asked = [linear.question(len(x_NI)) for linear in self.linears]
-        downs, ups, his, los, sums, biases, *rule = zip(*asked, strict=True)
-        half = [lo_EI for lo_EI in los if lo_EI is not None]
-        question = (downs, ups, his, half, sums, biases, *(values[0] for values in rule))
+        downs, ups, halves, sums, biases, *rule = zip(*asked, strict=True)
+        question = (downs, ups, halves, sums, biases, *(values[0] for values in rule))
         if all(linear.beside for linear in self.linears):
             bases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
             flat, weights_GNK, expert_ids_GNK = triton.call("routed_linears", x_NI, x_NI, *bases, *question)
@@ -107,6 +107,8 @@ def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
             group = [named[name] for name in names if name in named]
             if len(group) > 1 and len({_kind(linear) for linear in group}) == 1 and group[0].fused:
                 shared = SharedInput(group)
+                for linear, halves_HPI in zip(group, join([linear.halves_HPI for linear in group]), strict=True):
+                    linear.halves_HPI = halves_HPI
                 for g, linear in enumerate(group):
                     linear.shared = (shared, g)
 

@@ -34,15 +34,15 @@ def mix_with_torch(
 
 def route_with_torch(
     x_NI: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
+    num_experts: int,
     bias_NE: torch.Tensor | None,
     top_k: int,
     eps: float,
     temperature: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(weights_NK, expert_ids_NK); see `phatgoose.kernels.routing_operators.route_and_add_`."""
-    prototypes_EI = hi_EI.float() if lo_EI is None else hi_EI.float() + lo_EI.float()
+    prototypes_EI = halves_HPI[:, :num_experts].float().sum(dim=0)
     scores_NE = F.layer_norm(x_NI.float(), x_NI.shape[-1:], eps=eps) @ prototypes_EI.T
     if bias_NE is not None:
         scores_NE = scores_NE + bias_NE
@@ -71,8 +71,8 @@ def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing:
     """What kernels would not notice."""
     if x_NI.dtype not in TRITON_DTYPES or not x_NI.dtype == a_ERI.dtype == b_ERO.dtype:
         raise TypeError(f"x, a and b must share one of {TRITON_DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
-    if hasattr(routing, "hi_EI") and routing.hi_EI.dtype != x_NI.dtype:
-        raise TypeError(f"prototypes are in {routing.hi_EI.dtype}, activations in {x_NI.dtype}")
+    if hasattr(routing, "halves_HPI") and routing.halves_HPI.dtype != x_NI.dtype:
+        raise TypeError(f"prototypes are in {routing.halves_HPI.dtype}, activations in {x_NI.dtype}")
 
 
 def check_shared(bases: list[torch.Tensor], downs: list[torch.Tensor], biases: list[torch.Tensor]) -> None:

@@ -18,6 +18,7 @@ import torch
 import triton
 
 from phatgoose.kernels.few_tokens import expand_few, shrink_few
+from phatgoose.kernels.prototypes import padded
 from phatgoose.kernels.scoring import partial_scores
 from phatgoose.kernels.settings import EXPAND_TILE, SHRINK_TILE, Few, Scores, power_of_two
 
@@ -28,15 +29,14 @@ class Question(NamedTuple):
     """What the choice of experts depends on, beside x.
 
     Attributes:
-        hi_EI, lo_EI, sums_E: see `phatgoose.kernels.prototypes`; lo_EI is None in fp32.
+        halves_HPI, sums_E: see `phatgoose.kernels.prototypes`.
         bias_NE: added to the scores, fp32; one row counts for all tokens. None for nothing.
         top_k: experts per token.
         eps: added to the variance of x.
         temperature: divides the scores before the softmax.
     """
 
-    hi_EI: torch.Tensor
-    lo_EI: torch.Tensor | None
+    halves_HPI: torch.Tensor
     sums_E: torch.Tensor
     bias_NE: torch.Tensor | None
     top_k: int
@@ -63,8 +63,8 @@ def score(
     stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dots_GSNE, with rows of `padded` length, and stats_SN2), fp32, for the questions of up to three layers."""
-    (num_tokens, in_features), num_experts = x_NI.shape, questions[0].hi_EI.shape[0]
-    stride_e = padded(num_experts)
+    (num_tokens, in_features), (num_halves, stride_e, _) = x_NI.shape, questions[0].halves_HPI.shape
+    num_experts = len(questions[0].sums_E)
     dots_GSNE = x_NI.new_empty(len(questions), settings.splits, num_tokens, stride_e, dtype=torch.float32)
     stats_SN2 = x_NI.new_empty(settings.splits, num_tokens, 2, dtype=torch.float32)
     grid = (
@@ -75,8 +75,7 @@ def score(
     with torch.cuda.stream(stream) if stream else nullcontext():
         partial_scores[grid](
             x_NI,
-            *three([question.hi_EI for question in questions]),
-            *three([question.hi_EI if question.lo_EI is None else question.lo_EI for question in questions]),
+            *three([question.halves_HPI for question in questions]),
             dots_GSNE,
             stats_SN2,
             num_tokens,
@@ -89,7 +88,7 @@ def score(
             BLOCK_E=settings.block_e,
             BLOCK_I=settings.block_i,
             STEPS=steps_of(in_features, settings.block_i, settings.splits),
-            HAS_LO=questions[0].lo_EI is not None,
+            HAS_LO=num_halves == 2,
             UPCAST=not x_NI.is_cuda,
             **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
         )
@@ -285,11 +284,6 @@ def per_layer(questions: Sequence[Question]) -> tuple[torch.Tensor, ...]:
 def three(arguments: Sequence[T]) -> tuple[T, T, T]:
     """The arguments of one to three layers as kernels take them."""
     return arguments[0], arguments[min(1, len(arguments) - 1)], arguments[-1]
-
-
-def padded(num_experts: int) -> int:
-    """Numbers of a row of one for each expert: a multiple of 16, so that rows are read 16 bytes at a time."""
-    return -(-num_experts // 16) * 16
 
 
 def bias_stride(routing: Question | Choice) -> int:

@@ -24,8 +24,7 @@ def route_and_add_(
     x_NI: torch.Tensor,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,
@@ -41,7 +40,7 @@ def route_and_add_(
     Args:
         y_NO: the base layer's output, any float dtype, rows without gaps.
         x_NI, a_ERI, b_ERO: see `mix_loras`; all of one dtype.
-        hi_EI, lo_EI, sums_E: see `phatgoose.kernels.prototypes`.
+        halves_HPI, sums_E: see `phatgoose.kernels.prototypes`.
         bias_NE: added to the scores, fp32; one row counts for all tokens. -inf forbids an expert.
         top_k: experts per token.
         eps: added to the variance of the activations.
@@ -50,7 +49,7 @@ def route_and_add_(
     Returns:
         (weights_NK in fp32, expert_ids_NK in int64).
     """
-    weights_NK, expert_ids_NK = route_with_torch(x_NI, hi_EI, lo_EI, bias_NE, top_k, eps, temperature)
+    weights_NK, expert_ids_NK = route_with_torch(x_NI, halves_HPI, len(a_ERI), bias_NE, top_k, eps, temperature)
     y_NO += mix_with_torch(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
     return weights_NK, expert_ids_NK
 
@@ -62,8 +61,7 @@ def routed_linear(
     bias_O: torch.Tensor | None,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,
@@ -80,7 +78,7 @@ def routed_linear(
     """
     y_NO = F.linear(x_NI, weight_OI, bias_O)
     weights_NK, expert_ids_NK = route_and_add_(
-        y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
+        y_NO, x_NI, a_ERI, b_ERO, halves_HPI, sums_E, bias_NE, top_k, eps, temperature
     )
     return y_NO, weights_NK, expert_ids_NK
 
@@ -91,8 +89,7 @@ def route_and_add_on_cuda(
     x_NI: torch.Tensor,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,
@@ -101,14 +98,14 @@ def route_and_add_on_cuda(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `route_and_add_` does on CUDA."""
     if top_k > MOST_TOP_K:
-        weights_NK, expert_ids_NK = route_with_torch(x_NI, hi_EI, lo_EI, bias_NE, top_k, eps, temperature)
+        weights_NK, expert_ids_NK = route_with_torch(x_NI, halves_HPI, len(a_ERI), bias_NE, top_k, eps, temperature)
         y_NO += mix_with_torch(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
         return weights_NK, expert_ids_NK
     from phatgoose.kernels.launches import Question
 
     if bias_NE is not None:
         bias_NE = bias_NE.float().contiguous()
-    choice = launch(y_NO, x_NI, a_ERI, b_ERO, Question(hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature))
+    choice = launch(y_NO, x_NI, a_ERI, b_ERO, Question(halves_HPI, sums_E, bias_NE, top_k, eps, temperature))
     return choice.weights_NK, choice.expert_ids_NK
 
 
@@ -119,8 +116,7 @@ def routed_linear_on_cuda(
     bias_O: torch.Tensor | None,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,
@@ -133,11 +129,11 @@ def routed_linear_on_cuda(
     if not with_bases(x_NI, [bias_O], top_k):
         y_NO = F.linear(x_NI, weight_OI, bias_O)
         weights_NK, expert_ids_NK = route_and_add_on_cuda(
-            y_NO, x_NI, a_ERI, b_ERO, hi_EI, lo_EI, sums_E, bias_NE, top_k, eps, temperature
+            y_NO, x_NI, a_ERI, b_ERO, halves_HPI, sums_E, bias_NE, top_k, eps, temperature
         )
         return y_NO, weights_NK, expert_ids_NK
     question = launches.Question(
-        hi_EI, lo_EI, sums_E, None if bias_NE is None else bias_NE.float().contiguous(), top_k, eps, temperature
+        halves_HPI, sums_E, None if bias_NE is None else bias_NE.float().contiguous(), top_k, eps, temperature
     )
     (y_NO,), choice = launch_with_bases(x_NI, [(weight_OI, bias_O)], [a_ERI], [b_ERO], [question])
     return y_NO, *choice.of_layer(0)
@@ -149,8 +145,7 @@ def _(
     x_NI: torch.Tensor,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,
@@ -168,8 +163,7 @@ def _(
     bias_O: torch.Tensor | None,
     a_ERI: torch.Tensor,
     b_ERO: torch.Tensor,
-    hi_EI: torch.Tensor,
-    lo_EI: torch.Tensor | None,
+    halves_HPI: torch.Tensor,
     sums_E: torch.Tensor,
     bias_NE: torch.Tensor | None,
     top_k: int,

@@ -16,7 +16,8 @@ prototypes. They share the sums of x.
 
 Axes: G layers of one x, N tokens, E experts (padded, H x C), K chosen experts, I in-features, S splits of I.
 `partial_scores` writes what each split found; `keys_of_one` adds the splits up in
-order, so the same input gives the same bits.
+order, so the same input gives the same bits. For many tokens in 16 bits `scores.py`
+has cuBLAS multiply, and `keys_of_one` adds hi and lo up.
 """
 
 from __future__ import annotations
@@ -53,15 +54,46 @@ def product(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
+@triton.jit
+def write_sums(
+    x_ptr, stats_ptr, n, in_n, slot, first_step, in_features, stride_x, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+):  # fmt: skip
+    """Sum and sum of squares of x of the tokens n, over STEPS blocks of features, at slot of stats."""
+    sum_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+    square_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+    for step in tl.range(0, STEPS):
+        i = (first_step + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+        mask_NI = in_n[:, None] & (i < in_features)[None, :]
+        x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
+        sum_NI += x_NI
+        square_NI += x_NI * x_NI
+    tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
+    tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def sums_of_rows(
+    x_ptr,
+    stats_ptr,
+    num_tokens,
+    in_features,
+    stride_x,
+    BLOCK_N: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """stats_N2: sum and sum of squares of x."""
+    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
+    write_sums(x_ptr, stats_ptr, n, n < num_tokens, n, 0, in_features, stride_x, BLOCK_N, BLOCK_I, STEPS)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def partial_scores(
     x_ptr,
-    hi0_ptr,
-    hi1_ptr,
-    hi2_ptr,
-    lo0_ptr,
-    lo1_ptr,
-    lo2_ptr,
+    halves0_ptr,
+    halves1_ptr,
+    halves2_ptr,
     dots_ptr,
     stats_ptr,
     num_tokens,
@@ -81,10 +113,8 @@ def partial_scores(
     """dots_GSNE, or stats_SN2 (sum and sum of squares of x), of one split of I.
 
     BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. The sums have programs of their
-    own, the last of axis 1: beside the products they would cost each step a reduction. And from 64 tokens on Hopper's
-    matrix units still read x from shared memory when the next step begins; Triton (3.6) keeps one buffer too few of x
-    if sums read it too, so that the step after next overwrites what the product with lo still reads
-    (tests/test_triton_compile.py counts the buffers).
+    own, the last of axis 1: beside the products they would cost each step a reduction. (And on Hopper Triton 3.6 keeps
+    one buffer too few of x in shared memory if products of 64 tokens and sums read it in one loop.)
 
     A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
     beyond the last expert mean nothing.
@@ -94,8 +124,8 @@ def partial_scores(
     pid_e = tl.program_id(1) % blocks_e
     g = tl.program_id(1) // blocks_e
     split = tl.program_id(2)
-    hi_ptr = of_layer(g, hi0_ptr, hi1_ptr, hi2_ptr, LAYERS)
-    lo_ptr = of_layer(g, lo0_ptr, lo1_ptr, lo2_ptr, LAYERS)
+    hi_ptr = of_layer(g, halves0_ptr, halves1_ptr, halves2_ptr, LAYERS)
+    lo_ptr = hi_ptr + stride_e.to(tl.int64) * in_features
     n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     in_n = n < num_tokens
@@ -103,16 +133,9 @@ def partial_scores(
     follow(PDL)
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
-        sum_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-        square_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-        for step in tl.range(0, STEPS):
-            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
-            mask_NI = in_n[:, None] & (i < in_features)[None, :]
-            x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
-            sum_NI += x_NI
-            square_NI += x_NI * x_NI
-        tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
-        tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
+        write_sums(
+            x_ptr, stats_ptr, n, in_n, slot, split * STEPS, in_features, stride_x, BLOCK_N, BLOCK_I, STEPS
+        )  # fmt: skip
         return
 
     if BLOCK_N == 1:
@@ -178,18 +201,21 @@ def keys_of_one(
     num_experts,
     in_features,
     stride_e,
+    stride_n,
+    stride_s,
     stride_bias,
     eps,
+    PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """keys_E of one token."""
+    """keys_E of one token: PARTS of its scores are added up, stride_s apart, and SPLITS of the sums of x."""
     e = tl.arange(0, E_PAD)
     in_e = e < num_experts
     dots_E = tl.zeros([E_PAD], tl.float32)
-    for split in tl.static_range(SPLITS):
-        dots_E += tl.load(dots_ptr + (token + split * num_tokens) * stride_e + e, mask=e < stride_e, other=0.0)
+    for part in tl.static_range(PARTS):
+        dots_E += tl.load(dots_ptr + token * stride_n + part * stride_s + e, mask=e < stride_e, other=0.0)
     stats_S = stats_ptr + (token + tl.arange(0, SPLITS) * num_tokens) * 2
     mean = tl.sum(tl.load(stats_S), axis=0) / in_features
     variance = tl.maximum(tl.sum(tl.load(stats_S + 1), axis=0) / in_features - mean * mean, 0.0)

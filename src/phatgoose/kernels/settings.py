@@ -39,6 +39,7 @@ class Scores:
     splits: int
     warps: int = 4
     stages: int = 3
+    sums_beside: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from phatgoose.kernels.routing_operators import route_and_add_
 if TYPE_CHECKING:
     from phatgoose.kernels.launches import Question
 
-_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]
+_Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @torch.library.custom_op("phatgoose::route_and_add_shared_", mutates_args={"outputs"})
@@ -33,8 +33,7 @@ def route_and_add_shared_(
     x_NI: torch.Tensor,
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -46,13 +45,13 @@ def route_and_add_shared_(
     Args:
         outputs: y_NO of each layer, all of one dtype.
         downs, ups: a_ERI, all of one shape, and b_ERO of each.
-        his, los, sums: hi_EI, lo_EI (none in fp32) and sums_E of each.
+        halves, sums: halves_HPI and sums_E of each; see `phatgoose.kernels.prototypes`.
         biases: bias_NE of each, all of one shape.
 
     Returns:
         (weights_GNK in fp32, expert_ids_GNK in int64).
     """
-    return _one_by_one(outputs, x_NI, _layers(downs, ups, his, los, sums, biases), top_k, eps, temperature)
+    return _one_by_one(outputs, x_NI, _layers(downs, ups, halves, sums, biases), top_k, eps, temperature)
 
 
 @torch.library.custom_op("phatgoose::routed_linears", mutates_args=())
@@ -62,8 +61,7 @@ def routed_linears(
     offsets: list[torch.Tensor | None],
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -80,7 +78,7 @@ def routed_linears(
     """
     outputs = _linears(x_NI, weights, offsets)
     rule = (top_k, eps, temperature)
-    return outputs, *route_and_add_shared_(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
+    return outputs, *route_and_add_shared_(outputs, x_NI, downs, ups, halves, sums, biases, *rule)
 
 
 @route_and_add_shared_.register_kernel("cuda")
@@ -89,8 +87,7 @@ def route_and_add_shared_on_cuda(
     x_NI: torch.Tensor,
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -101,7 +98,7 @@ def route_and_add_shared_on_cuda(
     from phatgoose.kernels import launches, settings, sorted_launches
 
     num_tokens, in_features = x_NI.shape
-    layers = _layers(downs, ups, his, los, sums, biases)
+    layers = _layers(downs, ups, halves, sums, biases)
     if num_tokens == 0 or top_k > MOST_TOP_K:
         return _one_by_one(outputs, x_NI, layers, top_k, eps, temperature)
     questions = _questions(layers, top_k, eps, temperature)
@@ -131,8 +128,7 @@ def routed_linears_on_cuda(
     offsets: list[torch.Tensor | None],
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -143,9 +139,9 @@ def routed_linears_on_cuda(
     rule = (top_k, eps, temperature)
     if not with_bases(x_NI, offsets, top_k):
         outputs = _linears(x_NI, weights, offsets)
-        return outputs, *route_and_add_shared_on_cuda(outputs, x_NI, downs, ups, his, los, sums, biases, *rule)
+        return outputs, *route_and_add_shared_on_cuda(outputs, x_NI, downs, ups, halves, sums, biases, *rule)
     check_shared(weights, downs, biases)
-    questions = _questions(_layers(downs, ups, his, los, sums, biases), *rule)
+    questions = _questions(_layers(downs, ups, halves, sums, biases), *rule)
     bases = list(zip(weights, offsets, strict=True))
     outputs, choice = launch_with_bases(x_NI, bases, downs, ups, questions)
     return outputs, *choice
@@ -157,8 +153,7 @@ def _(
     x_NI: torch.Tensor,
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -176,8 +171,7 @@ def _(
     offsets: list[torch.Tensor | None],
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
     top_k: int,
@@ -210,19 +204,17 @@ def _questions(layers: list[_Layer], top_k: int, eps: float, temperature: float)
     from phatgoose.kernels import launches
 
     return [
-        launches.Question(hi_EI, lo_EI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
-        for _, _, hi_EI, lo_EI, sums_E, bias_NE in layers
+        launches.Question(halves_HPI, sums_E, bias_NE.float().contiguous(), top_k, eps, temperature)
+        for _, _, halves_HPI, sums_E, bias_NE in layers
     ]
 
 
 def _layers(
     downs: list[torch.Tensor],
     ups: list[torch.Tensor],
-    his: list[torch.Tensor],
-    los: list[torch.Tensor],
+    halves: list[torch.Tensor],
     sums: list[torch.Tensor],
     biases: list[torch.Tensor],
 ) -> list[_Layer]:
     """What each layer has, in the order of `route_and_add_`."""
-    halves: list[torch.Tensor | None] = [*los] or [None] * len(his)
-    return list(zip(downs, ups, his, halves, sums, biases, strict=True))
+    return list(zip(downs, ups, halves, sums, biases, strict=True))

@@ -18,13 +18,13 @@ from phatgoose.kernels.launches import (
     bias_stride,
     empty_choice,
     options,
-    padded,
     per_layer,
-    score,
     steps_of,
     three,
 )
+from phatgoose.kernels.many_scores import score_many
 from phatgoose.kernels.many_tokens import expand_many, shrink_many
+from phatgoose.kernels.prototypes import padded
 from phatgoose.kernels.settings import Many, power_of_two
 from phatgoose.kernels.sorting import choose_many, place_pairs
 
@@ -115,12 +115,13 @@ def _choose(
         choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
         return choice, narrow_ids(choice.expert_ids_NK)
     questions: Sequence[Question] = routings  # type: ignore[assignment]
-    (num_tokens, in_features), num_experts = x_NI.shape, first.hi_EI.shape[0]
-    scored = score(x_NI, questions, settings.scores, False)
+    (num_tokens, in_features), num_experts = x_NI.shape, len(first.sums_E)
+    scored = score_many(x_NI, questions, settings.scores)
     choice = empty_choice(x_NI, len(questions), first.top_k)
     ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
     choose_many[(num_tokens, len(questions))](
-        *scored,
+        scored.dots,
+        scored.stats_SN2,
         *per_layer(questions),
         choice.weights_NK,
         choice.expert_ids_NK,
@@ -128,13 +129,14 @@ def _choose(
         num_tokens,
         num_experts,
         in_features,
-        padded(num_experts),
+        *scored.strides,
         bias_stride(first),
         ids_GKN.shape[2],
         first.eps,
         first.temperature,
         LAYERS=len(questions),
-        SPLITS=settings.scores.splits,
+        PARTS=scored.parts,
+        SPLITS=len(scored.stats_SN2),
         E_PAD=power_of_two(num_experts),
         TOP_K=first.top_k,
         K_PAD=power_of_two(first.top_k),

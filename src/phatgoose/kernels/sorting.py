@@ -43,25 +43,30 @@ def choose_many(
     num_experts,
     in_features,
     stride_e,
+    stride_n,
+    stride_s,
+    stride_g,
     stride_bias,
     stride_k,
     eps,
     temperature,
     LAYERS: tl.constexpr,
+    PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """weights_GNK and expert_ids_GNK from partial scores; the ids again as ids_GKN, of 4 bytes.
+    """weights_GNK and expert_ids_GNK from parts of scores; the ids again as ids_GKN, of 4 bytes.
 
+    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest.
     A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
     """
     token = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1).to(tl.int64)
     keys_E = keys_of_one(
-        dots_ptr + g * SPLITS * num_tokens * stride_e,
+        dots_ptr + g * stride_g,
         stats_ptr,
         of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
         of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
@@ -70,8 +75,11 @@ def choose_many(
         num_experts,
         in_features,
         stride_e,
+        stride_n,
+        stride_s,
         stride_bias,
         eps,
+        PARTS,
         SPLITS,
         E_PAD,
         HAS_BIAS,

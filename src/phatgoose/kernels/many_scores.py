@@ -1,0 +1,80 @@
+"""Scores of many tokens: one product by cuBLAS, whose tiles read less than Triton's, and the sums of x beside it.
+
+Axes: G layers of one x, N tokens, P experts padded, H halves, I in-features, V = G * H * P rows, S splits of I.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+
+from phatgoose.kernels.launches import Question, score
+from phatgoose.kernels.prototypes import rows_of
+from phatgoose.kernels.scoring import sums_of_rows
+from phatgoose.kernels.settings import Scores, power_of_two
+
+
+class Scored(NamedTuple):
+    """What a token's scores are made of.
+
+    Attributes:
+        dots: fp32, products with prototypes; `parts` of them are added up.
+        stats_SN2: sum and sum of squares of x.
+        strides: numbers of a row of one for each expert; from a token to the next; a part; a layer.
+    """
+
+    dots: torch.Tensor
+    stats_SN2: torch.Tensor
+    strides: tuple[int, int, int, int]
+    parts: int
+
+
+def score_many(x_NI: torch.Tensor, questions: Sequence[Question], settings: Scores) -> Scored:
+    """For the questions of up to three layers of one x.
+
+    fp32 goes through Triton's kernel, because cuBLAS may be told to round it to TF32.
+    """
+    num_tokens, num_halves, row = len(x_NI), *questions[0].halves_HPI.shape[:2]
+    if x_NI.dtype == torch.float32:
+        dots_GSNP, stats_SN2 = score(x_NI, questions, settings, False)
+        strides = (row, row, num_tokens * row, settings.splits * num_tokens * row)
+        return Scored(dots_GSNP, stats_SN2, strides, settings.splits)
+    stats_1N2 = x_NI.new_empty(1, num_tokens, 2, dtype=torch.float32)
+    # in a graph the sums, which are bound by memory, fill what the product leaves idle
+    main = stream = None
+    if settings.sums_beside and x_NI.is_cuda and torch.cuda.is_current_stream_capturing():
+        main, stream = torch.cuda.current_stream(x_NI.device), torch.cuda.Stream(x_NI.device)
+        stream.wait_stream(main)
+    dots_NV = _product(x_NI, rows_of([question.halves_HPI for question in questions]))
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        _sums(x_NI, stats_1N2)
+    if main and stream:
+        main.wait_stream(stream)
+    return Scored(dots_NV, stats_1N2, (row, dots_NV.shape[1], row, num_halves * row), num_halves)
+
+
+def _product(x_NI: torch.Tensor, rows_VI: torch.Tensor) -> torch.Tensor:
+    """dots_NV in fp32."""
+    if x_NI.is_cuda:
+        return torch.mm(x_NI, rows_VI.T, out_dtype=torch.float32)
+    return x_NI.float() @ rows_VI.float().T
+
+
+def _sums(x_NI: torch.Tensor, stats_1N2: torch.Tensor) -> None:
+    num_tokens, in_features = x_NI.shape
+    block_i = min(2048, power_of_two(in_features))
+    sums_of_rows[(num_tokens,)](
+        x_NI,
+        stats_1N2,
+        num_tokens,
+        in_features,
+        x_NI.stride(0),
+        BLOCK_N=1,
+        BLOCK_I=block_i,
+        STEPS=triton.cdiv(in_features, block_i),
+        num_warps=4,
+    )
