@@ -36,6 +36,7 @@ MANY: Mapping[str, Sequence[Any]] = {
     "scores.stages": (2, 3, 4),
     "scores.splits": (1, 2, 4, 8),
     "scores.warps": (4, 8),
+    "cublas": (False, True),
     "place_block_n": (512, 1024, 2048, 4096),
     "place_warps": (2, 4, 8, 16),
     "shrink_rows": (16, 32, 64),

@@ -115,7 +115,7 @@ def test_beside_the_base_is_the_same(tokens: int) -> None:
     """Two streams in a graph, many times in a row, so that a race over memory would show."""
     linear = make_linear()
     prototypes = (linear.halves_HPI, linear.sums_E, linear.router.absent_E.unsqueeze(0))
-    factors = (linear.a_ERI, linear.b_ERO, *prototypes, 2, linear.eps, 1.0)
+    factors = (linear.a_ERI, linear.b_ERO, *prototypes, *linear.rule)
     with torch.no_grad():
         xs = [torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16) for _ in range(50)]
         base = linear.base

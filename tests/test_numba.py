@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import assert_close, llama, make_pool, token_ids
 
-from phatgoose.kernels import numba, reference
+from phatgoose.kernels import numba, reference, settings
 from phatgoose.kernels.prototypes import split
 from phatgoose.routed import RoutedModel
 
@@ -117,6 +117,49 @@ def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
     assert chosen() == ([0, 1, 2], [0.0] * 3)
     bias_NE[0, 4] = 0.0
     assert chosen(1) == ([4], [1.0])
+
+
+def test_layers_of_one_input_get_what_each_gets_alone() -> None:
+    x_NI = torch.randn(1, INPUTS)
+    widths = (OUTPUTS, 7, 64)
+    layers = []
+    for width in widths:
+        factors = torch.randn(EXPERTS, 6, INPUTS), torch.randn(EXPERTS, 6, width)
+        prototypes = one_number(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5)
+        layers.append(numba.Layer.of(*factors, *prototypes, torch.randn(1, EXPERTS)))
+    together = [torch.full((1, width), 0.25) for width in widths]
+    weights_GNK, ids_GNK = numba.route_and_add_shared(together, x_NI, layers, 2, EPS, 0.5)
+    assert len(set(map(str, ids_GNK.tolist()))) > 1
+    for g, one in enumerate(layers):
+        y_NO = torch.full((1, widths[g]), 0.25)
+        alone = numba.route_and_add(y_NO, x_NI, one, 2, EPS, 0.5)
+        for found, expected in zip((together[g], weights_GNK[g], ids_GNK[g]), (y_NO, *alone), strict=True):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("sharing", [True, False])
+@pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior"])
+def test_one_token_after_another(router: str, sharing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query, key and value, gate and up share a call of the loops; or each has its own."""
+    monkeypatch.setattr(settings, "SHARE_INPUT", sharing)
+    called = []
+    real = numba.route_and_add_shared
+    monkeypatch.setattr(numba, "route_and_add_shared", lambda ys, *rest: called.append(len(ys)) or real(ys, *rest))
+    pool = make_pool(llama, tmp_path, num_experts=12)
+    ids = token_ids(1, 5)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    found = []
+    for backend in ("numba", "reference"):
+        model = RoutedModel.from_pool(llama(), pool, router=router, backend=backend)
+        with model.trace() as trace, model.without(["e1"]):
+            tokens = model.generate(ids, **options)
+        found.append((tokens, {site: trace.routing(site) for site in trace.sites}))
+    # the first of six tokens comes with the prompt
+    assert called == ([3, 1, 2, 1] if sharing else [1] * 7) * 2 * 5
+    assert torch.equal(found[0][0], found[1][0])
+    for site, routing in found[1][1].items():
+        assert torch.equal(found[0][1][site].expert_ids_BSK, routing.expert_ids_BSK)
+        torch.testing.assert_close(found[0][1][site].weights_BSK, routing.weights_BSK)
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior", "arrow"])

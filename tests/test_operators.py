@@ -11,7 +11,7 @@ from conftest import llama, make_pool, t5
 
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
-from phatgoose.kernels.prototypes import split
+from phatgoose.kernels.prototypes import join, rows_of, split
 from phatgoose.routed import RoutedModel
 from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers import ROUTERS, Router, router_class
@@ -70,6 +70,19 @@ def test_routed_linear_is_both() -> None:
     found = torch.ops.phatgoose.routed_linear(x_NI, base.weight, base.bias, *rest)
     for once, again in zip(found, (y_NO, *choice), strict=True):
         assert torch.equal(once, again)
+
+
+def test_prototypes_that_were_joined_are_read_where_they_lie() -> None:
+    halves = [split(torch.randn(EXPERTS, INPUTS), torch.bfloat16).halves_HPI for _ in range(3)]
+    expected_VI = torch.cat([half_HPI.flatten(0, 1) for half_HPI in halves])
+    joined = join(halves)
+    assert all(torch.equal(found, half_HPI) for found, half_HPI in zip(joined, halves, strict=True))
+    for found, copied in ((joined, False), (halves, True), (joined[:1], False), (joined[1:], False)):
+        rows_VI = rows_of(found)
+        assert torch.equal(rows_VI, torch.cat([half_HPI.flatten(0, 1) for half_HPI in found]))
+        assert (rows_VI.data_ptr() != found[0].data_ptr()) == copied
+    assert torch.equal(rows_of(joined), expected_VI)
+    assert torch.equal(rows_of([joined[1], joined[0]]), expected_VI.view(3, -1, INPUTS)[[1, 0]].flatten(0, 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -152,6 +152,16 @@ def test_every_row_keeps_its_low_bits(dtype: torch.dtype) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_by_cublas(dtype: torch.dtype) -> None:
+    """On a CPU by its own product. fp32 takes the kernel's all the same."""
+    layer = make_layer(MIDDLE._replace(inputs=2100), dtype)  # the sums take two steps
+    bias_NE = torch.randn(MIDDLE.tokens, MIDDLE.experts, device=DEVICE)
+    y_NO, choice = add("many", layer, ask(layer, 2, bias_NE), cublas=True)
+    check_choice(choice, true_scores(layer, bias_NE), SCORE_ERROR[dtype])
+    check_y(y_NO, layer, choice)
+
+
 def test_large_groups() -> None:
     check("many", LARGE, torch.float32)
 
@@ -263,7 +273,7 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("kernel", "tokens"), [("few", 1), ("few", 21), ("many", 21)])
+@pytest.mark.parametrize(("kernel", "tokens"), [("few", 1), ("few", 21), ("many", 21), ("cublas", 21)])
 @pytest.mark.parametrize("outputs", [(80, 24, 150), (300, 40)], ids=["qkv", "pair"])
 def test_layers_that_share_launches(outputs: tuple[int, ...], kernel: str, tokens: int, dtype: torch.dtype) -> None:
     """What each gets alone, with a bias of its own; beside y nothing is written."""
@@ -272,13 +282,13 @@ def test_layers_that_share_launches(outputs: tuple[int, ...], kernel: str, token
     layers = [layer._replace(x_NI=x_NI) for layer in layers]
     biases = [torch.randn(1, MIDDLE.experts, device=DEVICE) for _ in layers]
     questions = [ask(layer, 2, bias_NE) for layer, bias_NE in zip(layers, biases, strict=True)]
-    together: Any = {"few": add_few_shared, "many": add_many_shared}[kernel]
-    by_itself: Any = {"few": add_few, "many": add_many}[kernel]
+    together: Any = add_few_shared if kernel == "few" else add_many_shared
+    by_itself: Any = add_few if kernel == "few" else add_many
     few, many = (
         settings.few(tokens, MIDDLE.experts, 600, len(layers)),
         settings.many(tokens, 2, MIDDLE.experts, 600, len(layers)),
     )
-    chosen = {"few": few, "many": many}[kernel]
+    chosen = few if kernel == "few" else dataclasses.replace(many, cublas=kernel == "cublas")
     wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
     ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]
     downs, ups = [layer.a_ERI for layer in layers], [layer.b_ERO for layer in layers]
@@ -358,13 +368,6 @@ def test_nothing_grows_with_tokens_times_experts_times_features(kernel: str) -> 
         add(kernel, layer, question)
     assert 0 < seen.numel <= splits * shape.tokens * max(shape.experts, shape.top_k * shape.rank)
     assert seen.numel < shape.tokens * shape.experts * shape.rank
-
-
-def test_scores_fill_their_waves() -> None:
-    """Three layers of 166 experts: 288 programs, where 264 run at once, would be two waves, one of them idle."""
-    assert settings.many(4096, 2, 166, 4096, 3).scores.splits == 2
-    assert settings.many(4096, 2, 166, 4096, 2).scores.splits == 1
-    assert settings.many(4096, 2, 166, 14336).scores.splits == 4  # long rows
 
 
 def test_settings_fit_every_shape() -> None:

@@ -64,10 +64,11 @@ class RoutedLinear(WrappedLinear):
         if isinstance(router, Phatgoose) and router.standardises:
             self.fused = self.backend == "triton"
             self.loops = self.backend in ("auto", "numba") and kernels.runs_numba(self.a_ERI.dtype)
+        self._loops_take_one = self._loops_take(1)
         if self.fused or self.loops:
             assert isinstance(router, Phatgoose)
             prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
-            self.eps: float = router.eps
+            self.rule = (router.top_k, router.eps, router.temperature)
             for name, tensor in prototypes._asdict().items():
                 self.register_buffer(name, tensor, persistent=False)
         if self.fused:
@@ -81,22 +82,30 @@ class RoutedLinear(WrappedLinear):
             shared, g = self.shared
             found = shared.take(g, x)
             if found is not None:
-                return self._recorded(found[1], x.shape, found[0])
+                held, weights_GNK, expert_ids_GNK = found
+                if self.record is not None:
+                    self._record(Routing(weights_GNK[g], expert_ids_GNK[g]), x.shape)
+                return held
         x_NI = x.reshape(-1, x.shape[-1])
         fused = self.fused and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord)
         if fused and self.beside and not _wants_gradients(x_NI, self.weight):
             question = self.question(len(x_NI))
             y_NO, *choice = triton.call("routed_linear", x_NI, x_NI, self.weight, self.bias, *question)
-            return self._recorded(Routing(*choice), x.shape, y_NO.view(*x.shape[:-1], -1))
+            self._record(Routing(*choice), x.shape)
+            return y_NO.view(*x.shape[:-1], -1)
         y: torch.Tensor = self.base(x)
         in_place = self.backend == "triton" and y.is_contiguous() and not _wants_gradients(x_NI, y)
         if fused and in_place:
             question = self.question(len(x_NI))
             choice = triton.call("route_and_add_", x_NI, y.view(-1, y.shape[-1]), x_NI, *question)
-            return self._recorded(Routing(*choice), x.shape, y)
-        if self.loops and self._takes_loops(x_NI, y):
-            choice = self._route_in_loops(x_NI, y.view(-1, y.shape[-1]))
-            return self._recorded(Routing(*choice), x.shape, y)
+            self._record(Routing(*choice), x.shape)
+            return y
+        if self.loops and self.takes_loops(x_NI, y):
+            from phatgoose.kernels import numba
+
+            layer, y_NO = self.loops_layer(len(x_NI)), y.view(-1, y.shape[-1])
+            self._record(Routing(*numba.route_and_add(y_NO, x_NI, layer, *self.rule)), x.shape)
+            return y
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
             scores_NE = self.router.final_scores(x_NI, bias_NE, mask_NE)
@@ -159,26 +168,24 @@ class RoutedLinear(WrappedLinear):
             if term_NE is not None:
                 added_NE = added_NE + term_NE
         prototypes = (self.halves_HPI, self.sums_E)
-        return self.a_ERI, self.b_ERO, *prototypes, added_NE, self.router.top_k, self.eps, self.router.temperature
+        return self.a_ERI, self.b_ERO, *prototypes, added_NE, *self.rule
 
-    def _takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
+    def takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
         """Whether Numba's loops are fast for these tokens, and nobody has to follow what happens to them."""
-        if x_NI.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(self.record, ScoresRecord):
+        if isinstance(self.record, ScoresRecord) or torch.compiler.is_compiling() or _wants_gradients(x_NI, y):
             return False
-        if (
-            x_NI.dtype != torch.float32
-            or y.dtype != torch.float32
-            or not y.is_contiguous()
-            or _wants_gradients(x_NI, y)
-        ):
+        if not (x_NI.dtype == y.dtype == torch.float32 and x_NI.is_cpu and y.is_contiguous()):
             return False
+        return self._loops_take_one if len(x_NI) == 1 else self._loops_take(len(x_NI))
+
+    def _loops_take(self, num_tokens: int) -> bool:
         num_experts, rank, _ = self.a_ERI.shape
         # beside Numba's loops "vectors" is for one token, whose routing they do as well
-        mixing = kernels.choose(len(x_NI), self.router.top_k, num_experts, rank, on_cpu=True, numba=True)
+        mixing = kernels.choose(num_tokens, self.router.top_k, num_experts, rank, on_cpu=True, numba=True)
         return mixing in ("numba", "vectors")
 
-    def _route_in_loops(self, x_NI: torch.Tensor, y_NO: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """y_NO += the updates; (weights_NK, expert_ids_NK)."""
+    def loops_layer(self, num_tokens: int) -> Any:
+        """What the loops read, with the biases of so many tokens."""
         from phatgoose.kernels import numba
 
         if self._loops_layer is None:
@@ -186,10 +193,10 @@ class RoutedLinear(WrappedLinear):
             absent_1E = self.router.absent_E.unsqueeze(0)
             self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, prototypes_EI, self.sums_E, absent_1E)
         layer = self._loops_layer
-        for term_NE in (self._bias(len(x_NI)), self._mask(len(x_NI))):
+        for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
                 layer = layer._replace(bias_NE=layer.bias_NE + term_NE.detach().float().numpy())
-        return numba.route_and_add(y_NO, x_NI, layer, self.router.top_k, self.eps, self.router.temperature)
+        return layer
 
     def __getstate__(self) -> dict[str, Any]:
         """For copies, whose loops read their own tensors."""
@@ -200,12 +207,11 @@ class RoutedLinear(WrappedLinear):
         self._loops_layer = None
         return super()._apply(fn, recurse)
 
-    def _recorded(self, routing: Routing, shape: torch.Size, y: torch.Tensor) -> torch.Tensor:
-        """y; the routing goes to the record, if there is one."""
+    def _record(self, routing: Routing, shape: torch.Size) -> None:
+        """For x of that shape, if there is a record."""
         if self.record is not None:
             assert not isinstance(self.record, ScoresRecord)
             self.record.append(routing, shape[:-1])
-        return y
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
         """Each token's row of `prompt_bias_BE`."""

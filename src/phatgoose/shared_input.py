@@ -12,7 +12,6 @@ import torch
 
 from phatgoose.kernels import triton
 from phatgoose.kernels.prototypes import join
-from phatgoose.routers import Routing
 from phatgoose.trace import ScoresRecord
 
 if TYPE_CHECKING:
@@ -30,12 +29,15 @@ class Held(NamedTuple):
     Attributes:
         x: what all of them were computed for.
         version: of x, which counts writes into it; None where that is not known.
-        found: each layer's output and routing; None once it was called.
+        outputs: of each layer; None once it was called.
+        weights_GNK, expert_ids_GNK: how x was routed.
     """
 
     x: torch.Tensor
     version: int | None
-    found: tuple[tuple[torch.Tensor, Routing] | None, ...]
+    outputs: list[torch.Tensor | None]
+    weights_GNK: torch.Tensor
+    expert_ids_GNK: torch.Tensor
 
 
 class SharedInput:
@@ -53,17 +55,19 @@ class SharedInput:
         self.linears = tuple(linears)
         self._held: Held | None = None
 
-    def take(self, g: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing] | None:
-        """Output and routing of layer g for x of shape (..., I); None where the layer must see for itself."""
+    def take(self, g: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+        """(output of layer g for x of shape (..., I), weights_GNK, expert_ids_GNK); None: it must see for itself."""
         held = self._held
-        if held is None or held.x is not x or held.version != _version(x) or held.found[g] is None:
-            held = self._compute(x)
+        if held is None or held.x is not x or held.outputs[g] is None or held.version != _version(x):
+            held = self._held = self._compute(x)
         if held is None:
-            self._held = None
             return None
-        left = tuple(None if other == g else one for other, one in enumerate(held.found))
-        self._held = held._replace(found=left) if any(one is not None for one in left) else None
-        return held.found[g]
+        y = held.outputs[g]
+        held.outputs[g] = None
+        if not any(output is not None for output in held.outputs):
+            self._held = None
+        assert y is not None
+        return y, held.weights_GNK, held.expert_ids_GNK
 
     def forget(self) -> None:
         """Compute again whatever is still to be called."""
@@ -72,6 +76,8 @@ class SharedInput:
     def _compute(self, x: torch.Tensor) -> Held | None:
         first = self.linears[0]
         x_NI = x.reshape(-1, x.shape[-1])
+        if first.loops:
+            return self._compute_in_loops(x, x_NI)
         plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
         if len(x_NI) == 0 or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
             return None
@@ -80,14 +86,27 @@ class SharedInput:
         question = (downs, ups, halves, sums, biases, *(values[0] for values in rule))
         if all(linear.beside for linear in self.linears):
             bases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
-            flat, weights_GNK, expert_ids_GNK = triton.call("routed_linears", x_NI, x_NI, *bases, *question)
+            flat, *choice = triton.call("routed_linears", x_NI, x_NI, *bases, *question)
             outputs = [y_NO.view(*x.shape[:-1], -1) for y_NO in flat]
         else:
             outputs = [linear.base(x).contiguous() for linear in self.linears]
             flat = [y.view(-1, y.shape[-1]) for y in outputs]
-            weights_GNK, expert_ids_GNK = triton.call("route_and_add_shared_", x_NI, flat, x_NI, *question)
-        routings = [Routing(weights_GNK[g], expert_ids_GNK[g]) for g in range(len(outputs))]
-        return Held(x, _version(x), tuple(zip(outputs, routings, strict=True)))
+            choice = triton.call("route_and_add_shared_", x_NI, flat, x_NI, *question)
+        return Held(x, _version(x), outputs, *choice)
+
+    def _compute_in_loops(self, x: torch.Tensor, x_1I: torch.Tensor) -> Held | None:
+        """One token alone: with more, a call costs little beside what it does."""
+        if len(x_1I) != 1 or torch.is_grad_enabled():
+            return None
+        outputs = [linear.base(x) for linear in self.linears]
+        if not all(linear.takes_loops(x_1I, y) for linear, y in zip(self.linears, outputs, strict=True)):
+            return None
+        from phatgoose.kernels import numba
+
+        flat = [y.view(1, -1) for y in outputs]
+        layers = [linear.loops_layer(1) for linear in self.linears]
+        choice = numba.route_and_add_shared(flat, x_1I, layers, *self.linears[0].rule)
+        return Held(x, _version(x), outputs, *choice)
 
 
 def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
@@ -105,7 +124,8 @@ def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
             continue
         for names in NAMES:
             group = [named[name] for name in names if name in named]
-            if len(group) > 1 and len({_kind(linear) for linear in group}) == 1 and group[0].fused:
+            alike = len(group) > 1 and len({_kind(linear) for linear in group}) == 1
+            if alike and (group[0].fused or group[0].loops):
                 shared = SharedInput(group)
                 for linear, halves_HPI in zip(group, join([linear.halves_HPI for linear in group]), strict=True):
                     linear.halves_HPI = halves_HPI
@@ -120,5 +140,5 @@ def _version(x: torch.Tensor) -> int | None:
 
 def _kind(linear: RoutedLinear) -> tuple[object, ...]:
     """What layers that share launches have in common."""
-    rule = (linear.router.top_k, linear.router.temperature, getattr(linear, "eps", None))
-    return linear.fused, linear.a_ERI.shape, linear.a_ERI.dtype, getattr(linear.weight, "dtype", None), *rule
+    weight = getattr(linear.weight, "dtype", None)
+    return linear.fused, linear.loops, linear.a_ERI.shape, linear.a_ERI.dtype, weight, getattr(linear, "rule", None)

@@ -1,4 +1,4 @@
-"""Scores of many tokens: one product by cuBLAS, whose tiles read less than Triton's, and the sums of x beside it.
+"""Scores of many tokens: by `partial_scores`, or with many experts by cuBLAS, whose tiles read less than Triton's.
 
 Axes: G layers of one x, N tokens, P experts padded, H halves, I in-features, V = G * H * P rows, S splits of I.
 """
@@ -6,7 +6,6 @@ Axes: G layers of one x, N tokens, P experts padded, H halves, I in-features, V 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ import triton
 from phatgoose.kernels.launches import Question, score
 from phatgoose.kernels.prototypes import rows_of
 from phatgoose.kernels.scoring import sums_of_rows
-from phatgoose.kernels.settings import Scores, power_of_two
+from phatgoose.kernels.settings import Many, power_of_two
 
 
 class Scored(NamedTuple):
@@ -33,27 +32,19 @@ class Scored(NamedTuple):
     parts: int
 
 
-def score_many(x_NI: torch.Tensor, questions: Sequence[Question], settings: Scores) -> Scored:
+def score_many(x_NI: torch.Tensor, questions: Sequence[Question], settings: Many) -> Scored:
     """For the questions of up to three layers of one x.
 
-    fp32 goes through Triton's kernel, because cuBLAS may be told to round it to TF32.
+    fp32 goes through Triton's kernel always, because cuBLAS may be told to round it to TF32.
     """
     num_tokens, num_halves, row = len(x_NI), *questions[0].halves_HPI.shape[:2]
-    if x_NI.dtype == torch.float32:
-        dots_GSNP, stats_SN2 = score(x_NI, questions, settings, False)
-        strides = (row, row, num_tokens * row, settings.splits * num_tokens * row)
-        return Scored(dots_GSNP, stats_SN2, strides, settings.splits)
+    if x_NI.dtype == torch.float32 or not settings.cublas:
+        dots_GSNP, stats_SN2 = score(x_NI, questions, settings.scores, False)
+        splits = settings.scores.splits
+        return Scored(dots_GSNP, stats_SN2, (row, row, num_tokens * row, splits * num_tokens * row), splits)
     stats_1N2 = x_NI.new_empty(1, num_tokens, 2, dtype=torch.float32)
-    # in a graph the sums, which are bound by memory, fill what the product leaves idle
-    main = stream = None
-    if settings.sums_beside and x_NI.is_cuda and torch.cuda.is_current_stream_capturing():
-        main, stream = torch.cuda.current_stream(x_NI.device), torch.cuda.Stream(x_NI.device)
-        stream.wait_stream(main)
+    _sums(x_NI, stats_1N2)
     dots_NV = _product(x_NI, rows_of([question.halves_HPI for question in questions]))
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        _sums(x_NI, stats_1N2)
-    if main and stream:
-        main.wait_stream(stream)
     return Scored(dots_NV, stats_1N2, (row, dots_NV.shape[1], row, num_halves * row), num_halves)
 
 

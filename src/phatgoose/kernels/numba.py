@@ -8,12 +8,13 @@ Every number has one writer, and a token's slots are added in order, so the same
 Extra memory: N * E and N * K * R numbers. M below is N * K (token, slot) pairs, sorted by expert, then slot, then
 token. The interpreter's lock is held, so no two loops run at once: one of Numba's thread pools forbids that.
 
-Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
+Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numba
@@ -81,16 +82,41 @@ def route_and_add(
     Returns:
         (weights_NK in fp32, expert_ids_NK in int64); see `routing_operators.route_and_add_`.
     """
+    if len(x_NI) == 1:
+        weights_GNK, ids_GNK = route_and_add_shared([y_NO], x_NI, [layer], top_k, eps, temperature)
+        return weights_GNK[0], ids_GNK[0]
     _use_threads()
     x = _array(x_NI)
-    if len(x) == 1:
-        weights, ids_NK = _route_and_add_one(y_NO.numpy(), x, *layer, top_k, eps, temperature)
-        return torch.from_numpy(weights), torch.from_numpy(ids_NK)
     dots_NE = x_NI @ torch.from_numpy(layer.prototypes_EI).T
     scores_NK, ids_NK = _choose(dots_NE.numpy(), x, layer.sums_E, layer.bias_NE, top_k, eps)
     weights_NK = torch.softmax(torch.from_numpy(scores_NK) / temperature, dim=1).nan_to_num(0.0)
     _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK.numpy(), ids_NK)
     return weights_NK, torch.from_numpy(ids_NK)
+
+
+def route_and_add_shared(
+    outputs: Sequence[torch.Tensor],
+    x_1I: torch.Tensor,
+    layers: Sequence[Layer],
+    top_k: int,
+    eps: float,
+    temperature: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `route_and_add` does, for one token and some layers of one x in one call: that costs as much as a layer.
+
+    Args:
+        outputs: y_1O of each layer.
+        layers: of one shape, but for b_ERO.
+
+    Returns:
+        (weights_GNK, expert_ids_GNK), N = 1.
+    """
+    threads = _use_threads()
+    ys = tuple([y_1O.numpy() for y_1O in outputs])
+    downs, ups, prototypes, sums, biases = zip(*layers, strict=True)
+    read = (_array(x_1I), downs, ups, prototypes, sums, biases)
+    weights_GNK, ids_GNK = _route_and_add_one(ys, *read, top_k, eps, temperature, threads)
+    return torch.from_numpy(weights_GNK), torch.from_numpy(ids_GNK)
 
 
 def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array, ids_NK: Array) -> None:
@@ -100,12 +126,15 @@ def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array
     _expand(h_MR, b_ERO, pairs_M, begins, y_NO, ids_NK.shape[1])
 
 
-def _use_threads() -> None:
+def _use_threads() -> int:
     """As many as PyTorch, whose number Numba changes when it starts its own, where both use one OpenMP."""
-    number, most = torch.get_num_threads(), config.NUMBA_NUM_THREADS  # type: ignore[attr-defined]
-    numba.set_num_threads(min(number, most))
+    number = torch.get_num_threads()
+    threads = min(number, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+    if numba.get_num_threads() != threads:
+        numba.set_num_threads(threads)
     if torch.get_num_threads() != number:
         torch.set_num_threads(number)
+    return threads
 
 
 def _array(tensor: torch.Tensor) -> Array:
@@ -158,45 +187,71 @@ def _choose(dots_NE: Array, x_NI: Array, sums_E: Array, bias_NE: Array, top_k: i
 
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
-def _dots(prototypes_EI: Array, x_I: Array) -> Array:
-    dots_E = np.empty(len(prototypes_EI), np.float32)
-    for e in numba.prange(len(prototypes_EI)):
-        total = np.float32(0)
-        for i in range(len(x_I)):
-            total += prototypes_EI[e, i] * x_I[i]
-        dots_E[e] = total
-    return dots_E
+def _dots(prototypes: tuple[Array, ...], x_I: Array, threads: int) -> Array:
+    """dots_GE; a share of each layer's experts for each thread, so that a layer is looked up once."""
+    dots_GE = np.empty((len(prototypes), len(prototypes[0])), np.float32)
+    for thread in numba.prange(threads):
+        for g in range(len(prototypes)):
+            prototypes_EI = prototypes[g]
+            num_experts = len(prototypes_EI)
+            for e in range(num_experts * thread // threads, num_experts * (thread + 1) // threads):
+                total = np.float32(0)
+                for i in range(len(x_I)):
+                    total += prototypes_EI[e, i] * x_I[i]
+                dots_GE[g, e] = total
+    return dots_GE
+
+
+@numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
+def _add_ones(
+    ys: tuple[Array, ...],
+    x_I: Array,
+    downs: tuple[Array, ...],
+    ups: tuple[Array, ...],
+    weights_GNK: Array,
+    ids_GNK: Array,
+) -> None:
+    """The updates of one token; a thread for each layer."""
+    for g in numba.prange(len(ys)):
+        y_NO, a_ERI, b_ERO = ys[g], downs[g], ups[g]
+        for k in range(weights_GNK.shape[2]):
+            e = ids_GNK[g, 0, k]
+            _add_one(y_NO[0], x_I, a_ERI[e], b_ERO[e], weights_GNK[g, 0, k])
 
 
 @numba.njit(cache=True)
 def _route_and_add_one(
-    y_NO: Array,
+    ys: tuple[Array, ...],
     x_NI: Array,
-    a_ERI: Array,
-    b_ERO: Array,
-    prototypes_EI: Array,
-    sums_E: Array,
-    bias_NE: Array,
+    downs: tuple[Array, ...],
+    ups: tuple[Array, ...],
+    prototypes: tuple[Array, ...],
+    sums: tuple[Array, ...],
+    biases: tuple[Array, ...],
     top_k: int,
     eps: float,
     temperature: float,
+    threads: int,
 ) -> tuple[Array, Array]:
-    """`route_and_add` of one token, in one call and with threads for the prototypes alone: more would cost more."""
+    """`route_and_add_shared`, in one call: more would cost more."""
     mean, rstd = _mean_and_rstd(x_NI[0], eps)
-    dots_E = _dots(prototypes_EI, x_NI[0])
-    scores_NK = np.empty((1, top_k), np.float32)
-    ids_NK = np.empty((1, top_k), np.int64)
-    for e in range(len(dots_E)):
-        score = np.float32((dots_E[e] - mean * sums_E[e]) * rstd + bias_NE[0, e])
-        if e < top_k or _is_larger(score, scores_NK[0, top_k - 1]):
-            _insert(scores_NK[0], ids_NK[0], score, e)
-    weights_NK = np.exp((scores_NK - scores_NK[0, 0]) / np.float32(temperature)).astype(np.float32)
-    total = weights_NK.sum()
-    for k in range(top_k):
-        # NaN where nothing was allowed
-        weights_NK[0, k] = weights_NK[0, k] / total if total > 0 else 0
-        _add_one(y_NO[0], x_NI[0], a_ERI[ids_NK[0, k]], b_ERO[ids_NK[0, k]], weights_NK[0, k])
-    return weights_NK, ids_NK
+    dots_GE = _dots(prototypes, x_NI[0], threads)
+    scores_K = np.empty(top_k, np.float32)
+    weights_GNK = np.empty((len(ys), 1, top_k), np.float32)
+    ids_GNK = np.empty((len(ys), 1, top_k), np.int64)
+    for g in range(len(ys)):
+        sums_E, bias_NE = sums[g], biases[g]
+        for e in range(len(sums_E)):
+            score = np.float32((dots_GE[g, e] - mean * sums_E[e]) * rstd + bias_NE[0, e])
+            if e < top_k or _is_larger(score, scores_K[top_k - 1]):
+                _insert(scores_K, ids_GNK[g, 0], score, e)
+        weights_K = np.exp((scores_K - scores_K[0]) / np.float32(temperature)).astype(np.float32)
+        total = weights_K.sum()
+        for k in range(top_k):
+            # NaN where nothing was allowed
+            weights_GNK[g, 0, k] = weights_K[k] / total if total > 0 else 0
+    _add_ones(ys, x_NI[0], downs, ups, weights_GNK, ids_GNK)
+    return weights_GNK, ids_GNK
 
 
 @numba.njit(cache=True, fastmath=_FASTMATH)

@@ -16,8 +16,8 @@ prototypes. They share the sums of x.
 
 Axes: G layers of one x, N tokens, E experts (padded, H x C), K chosen experts, I in-features, S splits of I.
 `partial_scores` writes what each split found; `keys_of_one` adds the splits up in
-order, so the same input gives the same bits. For many tokens in 16 bits `scores.py`
-has cuBLAS multiply, and `keys_of_one` adds hi and lo up.
+order, so the same input gives the same bits. For many tokens `many_scores.py`
+may have cuBLAS multiply: then `keys_of_one` adds hi and lo up.
 """
 
 from __future__ import annotations
@@ -113,8 +113,10 @@ def partial_scores(
     """dots_GSNE, or stats_SN2 (sum and sum of squares of x), of one split of I.
 
     BLOCK_N = 1 multiplies and adds; a larger one, a multiple of 16, uses matrix units. The sums have programs of their
-    own, the last of axis 1: beside the products they would cost each step a reduction. (And on Hopper Triton 3.6 keeps
-    one buffer too few of x in shared memory if products of 64 tokens and sums read it in one loop.)
+    own, the last of axis 1: beside the products they would cost each step a reduction. And from 64 tokens on Hopper's
+    matrix units still read x from shared memory when the next step begins; Triton (3.6) keeps one buffer too few of x
+    if sums read it too, so that the step after next overwrites what the product with lo still reads
+    (tests/test_triton_compile.py counts the buffers).
 
     A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
     beyond the last expert mean nothing.

@@ -25,6 +25,8 @@ SHARE_INPUT = True
 MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
+# scores from which on cuBLAS is faster, although the sums of x are then a second launch
+LEAST_SCORES_CUBLAS = 1 << 20
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
 
@@ -39,7 +41,6 @@ class Scores:
     splits: int
     warps: int = 4
     stages: int = 3
-    sums_beside: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +62,11 @@ class Many:
 
     `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
     in the L2 cache when the next slot reads it. `pdl` is that of B's launches, which follow each other.
+    `cublas`: it multiplies prototypes in 16 bits, and the sums of x have a launch of their own.
     """
 
     scores: Scores
+    cublas: bool = False
     place_block_n: int
     place_warps: int
     shrink_rows: int
@@ -119,13 +122,11 @@ def many(
     # what chooses adds a row's splits up
     most = 8 if num_experts <= 256 else 2
     splits = _splits(programs, in_features, 64, most=most)
-    products = -(-num_tokens // 128) * layers * -(-num_experts // 64)
-    while 2 * splits <= min(most, in_features // 64) and (
-        _is_a_wave_and_a_bit(products * splits) or in_features // splits > 4096
-    ):
+    while 2 * splits <= min(most, in_features // 64) and in_features // splits > 4096:
         splits *= 2
     return Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
+        cublas=num_tokens * layers * num_experts >= LEAST_SCORES_CUBLAS,
         # so many ids are in a program's registers; many programs want few
         place_block_n=(4096 if num_experts <= 256 else 2048) // power_of_two(top_k),
         place_warps=8 if num_experts <= 256 else 4,
@@ -149,12 +150,6 @@ def _splits(programs: int, in_features: int, block_i: int, most: int) -> int:
     while splits < most and programs * splits < PROGRAMS and in_features >= 2 * splits * block_i:
         splits *= 2
     return splits
-
-
-def _is_a_wave_and_a_bit(programs: int) -> bool:
-    """Whether the last of several waves of programs, two on a multiprocessor, leaves most of the GPU idle."""
-    wave = 2 * PROGRAMS
-    return programs > wave and programs / wave < 0.7 * -(-programs // wave)
 
 
 def _rows(mean_group: float) -> int:

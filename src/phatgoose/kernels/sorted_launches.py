@@ -116,7 +116,7 @@ def _choose(
         return choice, narrow_ids(choice.expert_ids_NK)
     questions: Sequence[Question] = routings  # type: ignore[assignment]
     (num_tokens, in_features), num_experts = x_NI.shape, len(first.sums_E)
-    scored = score_many(x_NI, questions, settings.scores)
+    scored = score_many(x_NI, questions, settings)
     choice = empty_choice(x_NI, len(questions), first.top_k)
     ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
     choose_many[(num_tokens, len(questions))](
