@@ -4,7 +4,7 @@
 the arithmetic. Here all of them are one loop, and the choice of experts and the sum with the base layer's output
 need no tensors in between. fp32 only; `mix_loras` leaves other dtypes, and whatever wants a gradient, to `grouped`.
 
-Every number has one writer, and a token's slots are added in order, so the same input gives the same bits.
+Every number has one writer, and sums have a fixed order, so the same input gives the same bits.
 Extra memory: N * E and N * K * R numbers. M below is N * K (token, slot) pairs, sorted by expert, then slot, then
 token. The interpreter's lock is held, so no two loops run at once: one of Numba's thread pools forbids that.
 
@@ -28,6 +28,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 # sums may be split over vector lanes; infinities and NaN keep their meaning
 _FASTMATH = {"reassoc", "contract"}
+# columns of y that a thread should have for itself
+_LEAST_COLUMNS = 64
 
 
 def mix_loras(
@@ -43,9 +45,9 @@ def mix_loras(
     if wants_gradient or x_NI.device.type != "cpu" or x_NI.dtype != torch.float32:
         return grouped.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
     y_NO = x_NI.new_zeros(x_NI.shape[0], b_ERO.shape[2])
-    _use_threads()
+    threads = _use_threads()
     x, a, b, weights, ids = (_array(t) for t in (x_NI, a_ERI, b_ERO, weights_NK.float(), expert_ids_NK))
-    _add(y_NO.numpy(), x, a, b, weights, ids)
+    _add(y_NO.numpy(), x, a, b, weights, ids, threads)
     return y_NO
 
 
@@ -85,12 +87,12 @@ def route_and_add(
     if len(x_NI) == 1:
         weights_GNK, ids_GNK = route_and_add_shared([y_NO], x_NI, [layer], top_k, eps, temperature)
         return weights_GNK[0], ids_GNK[0]
-    _use_threads()
+    threads = _use_threads()
     x = _array(x_NI)
     dots_NE = x_NI @ torch.from_numpy(layer.prototypes_EI).T
     scores_NK, ids_NK = _choose(dots_NE.numpy(), x, layer.sums_E, layer.bias_NE, top_k, eps)
     weights_NK = torch.softmax(torch.from_numpy(scores_NK) / temperature, dim=1).nan_to_num(0.0)
-    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK.numpy(), ids_NK)
+    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK.numpy(), ids_NK, threads)
     return weights_NK, torch.from_numpy(ids_NK)
 
 
@@ -119,11 +121,12 @@ def route_and_add_shared(
     return torch.from_numpy(weights_GNK), torch.from_numpy(ids_GNK)
 
 
-def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array, ids_NK: Array) -> None:
+def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array, ids_NK: Array, threads: int) -> None:
     """y_NO += the updates."""
     pairs_M, begins = _sorted_pairs(ids_NK, len(a_ERI))
     h_MR = _shrink(x_NI, a_ERI, weights_NK, pairs_M, begins)
-    _expand(h_MR, b_ERO, pairs_M, begins, y_NO, ids_NK.shape[1])
+    by_columns = min(threads, max(1, y_NO.shape[1] // _LEAST_COLUMNS))
+    _expand(h_MR, b_ERO, pairs_M, begins, y_NO, ids_NK.shape[1], by_columns, -(-threads // by_columns))
 
 
 def _use_threads() -> int:
@@ -298,49 +301,86 @@ def _sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
 def _shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins: Array) -> Array:
-    """h_MR: weight * (A x) of sorted pairs; x is read once for four rows of A."""
+    """h_MR: weight * (A x) of sorted pairs; by two tokens and four rows of A, so that fewer numbers are loaded."""
     num_experts, rank, in_features = a_ERI.shape
     top_k = weights_NK.shape[1]
     h_MR = np.empty((len(pairs_M), rank), np.float32)
     for e in numba.prange(num_experts):
-        for m in range(begins[e * top_k], begins[(e + 1) * top_k]):
-            n = pairs_M[m] // top_k
-            weight = weights_NK[n, pairs_M[m] - n * top_k]
-            for r in range(0, rank - 3, 4):
+        begin, end = begins[e * top_k], begins[(e + 1) * top_k]
+        for r in range(0, rank - 3, 4):
+            for m in range(begin, end - 1, 2):
+                n, other = pairs_M[m] // top_k, pairs_M[m + 1] // top_k
+                h0 = h1 = h2 = h3 = g0 = g1 = g2 = g3 = np.float32(0)
+                for i in range(in_features):
+                    h0 += x_NI[n, i] * a_ERI[e, r, i]
+                    h1 += x_NI[n, i] * a_ERI[e, r + 1, i]
+                    h2 += x_NI[n, i] * a_ERI[e, r + 2, i]
+                    h3 += x_NI[n, i] * a_ERI[e, r + 3, i]
+                    g0 += x_NI[other, i] * a_ERI[e, r, i]
+                    g1 += x_NI[other, i] * a_ERI[e, r + 1, i]
+                    g2 += x_NI[other, i] * a_ERI[e, r + 2, i]
+                    g3 += x_NI[other, i] * a_ERI[e, r + 3, i]
+                h_MR[m, r], h_MR[m, r + 1], h_MR[m, r + 2], h_MR[m, r + 3] = h0, h1, h2, h3
+                h_MR[m + 1, r], h_MR[m + 1, r + 1], h_MR[m + 1, r + 2], h_MR[m + 1, r + 3] = g0, g1, g2, g3
+            if (end - begin) % 2:
+                n = pairs_M[end - 1] // top_k
                 h0 = h1 = h2 = h3 = np.float32(0)
                 for i in range(in_features):
                     h0 += x_NI[n, i] * a_ERI[e, r, i]
                     h1 += x_NI[n, i] * a_ERI[e, r + 1, i]
                     h2 += x_NI[n, i] * a_ERI[e, r + 2, i]
                     h3 += x_NI[n, i] * a_ERI[e, r + 3, i]
-                h_MR[m, r] = h0 * weight
-                h_MR[m, r + 1] = h1 * weight
-                h_MR[m, r + 2] = h2 * weight
-                h_MR[m, r + 3] = h3 * weight
+                h_MR[end - 1, r], h_MR[end - 1, r + 1], h_MR[end - 1, r + 2], h_MR[end - 1, r + 3] = h0, h1, h2, h3
+        for m in range(begin, end):
+            n = pairs_M[m] // top_k
             for r in range(rank - rank % 4, rank):
                 h0 = np.float32(0)
                 for i in range(in_features):
                     h0 += x_NI[n, i] * a_ERI[e, r, i]
-                h_MR[m, r] = h0 * weight
+                h_MR[m, r] = h0
+            for r in range(rank):
+                h_MR[m, r] *= weights_NK[n, pairs_M[m] - n * top_k]
     return h_MR
 
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
-def _expand(h_MR: Array, b_ERO: Array, pairs_M: Array, begins: Array, y_NO: Array, top_k: int) -> None:
-    """y_NO += B h. One slot after the other: within a slot a token occurs once, so no two threads write one row."""
+def _expand(
+    h_MR: Array, b_ERO: Array, pairs_M: Array, begins: Array, y_NO: Array, top_k: int, by_columns: int, by_tokens: int
+) -> None:
+    """y_NO += B h, in `by_columns` * `by_tokens` shares of y: a share has one thread, which reads every B once.
+
+    A token's experts come in the order of their ids.
+    """
     num_experts, rank, out_features = b_ERO.shape
-    for k in range(top_k):
-        for e in numba.prange(num_experts):
-            for m in range(begins[e * top_k + k], begins[e * top_k + k + 1]):
+    num_tokens = len(y_NO)
+    for share in numba.prange(by_columns * by_tokens):
+        column, row = np.int64(share) % by_columns, np.int64(share) // by_columns
+        # unsigned: other indexes might count from the end, and the loop would not be vectorised
+        first_o = np.uint64(out_features * column // by_columns)
+        last_o = np.uint64(out_features * (column + 1) // by_columns)
+        first_n, last_n = num_tokens * row // by_tokens, num_tokens * (row + 1) // by_tokens
+        for e in range(num_experts):
+            for r in range(0, rank - 7, 8):
+                for m in range(begins[e * top_k], begins[(e + 1) * top_k]):
+                    n = pairs_M[m] // top_k
+                    if first_n <= n < last_n:
+                        h0, h1, h2, h3 = h_MR[m, r], h_MR[m, r + 1], h_MR[m, r + 2], h_MR[m, r + 3]
+                        h4, h5, h6, h7 = h_MR[m, r + 4], h_MR[m, r + 5], h_MR[m, r + 6], h_MR[m, r + 7]
+                        for o in range(first_o, last_o):
+                            y_NO[n, o] += (
+                                h0 * b_ERO[e, r, o]
+                                + h1 * b_ERO[e, r + 1, o]
+                                + h2 * b_ERO[e, r + 2, o]
+                                + h3 * b_ERO[e, r + 3, o]
+                                + h4 * b_ERO[e, r + 4, o]
+                                + h5 * b_ERO[e, r + 5, o]
+                                + h6 * b_ERO[e, r + 6, o]
+                                + h7 * b_ERO[e, r + 7, o]
+                            )
+            for m in range(begins[e * top_k], begins[(e + 1) * top_k]):
                 n = pairs_M[m] // top_k
-                for r in range(0, rank - 3, 4):
-                    for o in range(out_features):
-                        y_NO[n, o] += (
-                            h_MR[m, r] * b_ERO[e, r, o]
-                            + h_MR[m, r + 1] * b_ERO[e, r + 1, o]
-                            + h_MR[m, r + 2] * b_ERO[e, r + 2, o]
-                            + h_MR[m, r + 3] * b_ERO[e, r + 3, o]
-                        )
-                for r in range(rank - rank % 4, rank):
-                    for o in range(out_features):
-                        y_NO[n, o] += h_MR[m, r] * b_ERO[e, r, o]
+                if first_n <= n < last_n:
+                    for r in range(rank - rank % 8, rank):
+                        h0 = h_MR[m, r]
+                        for o in range(first_o, last_o):
+                            y_NO[n, o] += h0 * b_ERO[e, r, o]
