@@ -12,7 +12,8 @@ runs 216: the encoder and the keys and values of cross-attention were computed w
 which takes minutes, and records its graphs again in every call, because the cache is a new one.
 On a GPU both sides of the first two are replays of a CUDA graph, on a CPU plain calls. Medians of interleaved rounds.
 
-`ratio` is routed tokens/s over base tokens/s. `bytes_bound` is what it would be if time went by the bytes that are
+`ratio` is routed tokens/s over base tokens/s, and `lora_ratio` that of one static LoRA of the same rank on the same
+layers, as three plain products and an add. `bytes_bound` is what it would be if time went by the bytes that are
 read (the base's weights and the static cache; with experts also the gates and the chosen experts' factors, counted in
 the call that is timed), `flops_bound` if it went by the products with weights; see `bounds.py`. `bound` is the one that
 counts, bytes for decode. For more sequences the bound is lower: they choose more experts. Rows replace those of the
@@ -54,6 +55,7 @@ from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.shared_input import share_inputs
 from phatgoose.stack import SiteStack
+from phatgoose.wrapped import WrappedLinear
 
 Call = Callable[[], torch.Tensor]
 WHAT = ("decode", "prefill", "generate")
@@ -119,6 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"[{time.perf_counter() - begin:5.0f} s] {text}", flush=True)
 
     models = {"base": make_model(args)}
+    models["one LoRA"] = with_one_lora(models["base"], args)
     compile_first(models["base"], args)
     say(f"{args.shape}: base model made")
     for experts, switches in product(args.experts, args.switches):
@@ -248,6 +251,31 @@ def routed_randomly(model: Any, experts: int, args: argparse.Namespace) -> Any:
     return routed
 
 
+class OneLora(WrappedLinear):
+    """A linear layer with one static LoRA beside it."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__(base)
+        weight_OI = base.weight
+        self.a_RI = nn.Parameter(torch.randn_like(weight_OI[:rank]) / weight_OI.shape[1] ** 0.5, requires_grad=False)
+        self.b_OR = nn.Parameter(torch.randn_like(weight_OI[:, :rank]) * 0.01, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape (..., I) -> (..., O)."""
+        y: torch.Tensor = self.base(x)
+        return y + nn.functional.linear(nn.functional.linear(x, self.a_RI), self.b_OR)
+
+
+def with_one_lora(model: Any, args: argparse.Namespace) -> Any:
+    """The same model, its weights shared, with one LoRA on every linear layer but the output head."""
+    adapted = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    head = adapted.get_output_embeddings()
+    for site, linear in list(adapted.named_modules()):
+        if isinstance(linear, nn.Linear) and linear is not head:
+            adapted.set_submodule(site, OneLora(linear, args.rank))
+    return adapted
+
+
 def random_ids(batch: int, length: int, model: Any, args: argparse.Namespace) -> torch.Tensor:
     """Drawn on the host: a capture that fails may spoil the device's generator."""
     return torch.randint(3, model.config.vocab_size, (batch, length)).to(args.device)
@@ -364,6 +392,8 @@ def row(
         "base_tokens_a_second": f"{tokens / times['base'] * 1e3:.0f}",
         "routed_tokens_a_second": f"{tokens / times['routed'] * 1e3:.0f}",
         "ratio": f"{ratio:.3f}",
+        "lora_ms": f"{times['one LoRA']:.3f}",
+        "lora_ratio": f"{times['base'] / times['one LoRA']:.3f}",
         "bound": f"{bound:.3f}",
         "ratio_to_bound": f"{ratio / bound:.3f}",
         "bytes_bound": f"{bytes_bound:.3f}",

@@ -145,6 +145,7 @@ def test_model_rehearsal(shape: str, cases: int, monkeypatch: pytest.MonkeyPatch
     rows = read(out)
     assert len(rows) == cases
     assert all(0 < float(row["bound"]) < 1 and float(row["ratio"]) > 0 for row in rows)
+    assert all(float(row["lora_ratio"]) > 0 for row in rows)
     decoding = {row["sequences"]: row for row in rows if row["what"] == "decode"}
     assert decoding["1"]["experts_a_site"] == "2.0" and float(decoding["3"]["experts_a_site"]) > 2
     # the encoder and the keys and values of cross-attention are not computed again

@@ -46,6 +46,7 @@ class RoutedLinear(WrappedLinear):
     def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
         super().__init__(base)
         self.router = router
+        self.reads_prompts = router.reads_prompts
         self.backend = backend
         if backend == "auto" and kernels.runs_triton(self._base_device(), stack.a_ERI.dtype):
             self.backend = "triton"
@@ -104,7 +105,9 @@ class RoutedLinear(WrappedLinear):
             from phatgoose.kernels import numba
 
             layer, y_NO = self.loops_layer(len(x_NI)), y.view(-1, y.shape[-1])
-            self._record(Routing(*numba.route_and_add(y_NO, x_NI, layer, *self.rule)), x.shape)
+            choice = numba.route_and_add(y_NO, x_NI, layer, *self.rule)
+            if self.record is not None:
+                self._record(Routing(*choice), x.shape)
             return y
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
@@ -170,12 +173,19 @@ class RoutedLinear(WrappedLinear):
         prototypes = (self.halves_HPI, self.sums_E)
         return self.a_ERI, self.b_ERO, *prototypes, added_NE, *self.rule
 
-    def takes_loops(self, x_NI: torch.Tensor, y: torch.Tensor) -> bool:
-        """Whether Numba's loops are fast for these tokens, and nobody has to follow what happens to them."""
-        if isinstance(self.record, ScoresRecord) or torch.compiler.is_compiling() or _wants_gradients(x_NI, y):
+    def takes_loops(self, x_NI: torch.Tensor, *outputs: torch.Tensor) -> bool:
+        """Whether Numba's loops are fast for these tokens, and nobody has to follow what happens to them.
+
+        Args:
+            outputs: of the base layer; of several layers, if they share x.
+        """
+        if isinstance(self.record, ScoresRecord) or torch.compiler.is_compiling() or _wants_gradients(x_NI, *outputs):
             return False
-        if not (x_NI.dtype == y.dtype == torch.float32 and x_NI.is_cpu and y.is_contiguous()):
+        if not (x_NI.is_cpu and x_NI.dtype == torch.float32):
             return False
+        for y in outputs:
+            if not (y.dtype == torch.float32 and y.is_contiguous()):
+                return False
         return self._loops_take_one if len(x_NI) == 1 else self._loops_take(len(x_NI))
 
     def _loops_take(self, num_tokens: int) -> bool:
@@ -193,6 +203,8 @@ class RoutedLinear(WrappedLinear):
             absent_1E = self.router.absent_E.unsqueeze(0)
             self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, prototypes_EI, self.sums_E, absent_1E)
         layer = self._loops_layer
+        if self.mask_1E is None and self.prompt_mask_BE is None and not self.reads_prompts:
+            return layer
         for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
                 layer = layer._replace(bias_NE=layer.bias_NE + term_NE.detach().float().numpy())
@@ -215,7 +227,7 @@ class RoutedLinear(WrappedLinear):
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
         """Each token's row of `prompt_bias_BE`."""
-        if self.prompt_bias_BE is None and self.router.reads_prompts:
+        if self.prompt_bias_BE is None and self.reads_prompts:
             raise RouterError(
                 "this router reads whole prompts, and was given none",
                 expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",

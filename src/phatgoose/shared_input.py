@@ -99,7 +99,9 @@ class SharedInput:
         if len(x_1I) != 1 or torch.is_grad_enabled():
             return None
         outputs = [linear.base(x) for linear in self.linears]
-        if not all(linear.takes_loops(x_1I, y) for linear, y in zip(self.linears, outputs, strict=True)):
+        if any(isinstance(linear.record, ScoresRecord) for linear in self.linears[1:]):
+            return None
+        if not self.linears[0].takes_loops(x_1I, *outputs):
             return None
         from phatgoose.kernels import numba
 

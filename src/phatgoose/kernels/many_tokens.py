@@ -70,7 +70,8 @@ def shrink_many(
             h_MR = product(x_MI, a_RI.T, h_MR, UPCAST)
         weights_M = tl.load(weights_ptr + pair_M, mask=in_m, other=0.0).to(tl.float32)
         at_M = (split.to(tl.int64) * num_pairs + m) * rank
-        tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR * weights_M[:, None], mask=in_m[:, None] & in_r[None, :])
+        h_MR = (h_MR * weights_M[:, None]).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR, mask=in_m[:, None] & in_r[None, :])
 
 
 @triton.jit(do_not_specialize=["slot", "num_pairs", "num_tiles"])
@@ -116,7 +117,8 @@ def expand_many(
         h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
         for split in tl.static_range(SPLITS):
             at_M = (m + split * num_pairs).to(tl.int64) * rank
-            h_MR += tl.load(h_ptr + at_M[:, None] + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+            h = tl.load(h_ptr + at_M[:, None] + r[None, :], mask=in_m[:, None] & in_r[None, :], other=0.0)
+            h_MR += h.to(tl.float32)
         o = first_o + tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
         in_o = o < last_o
         b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)

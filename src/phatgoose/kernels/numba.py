@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
+from threading import get_ident
 from typing import Any, NamedTuple, TypeAlias
 
 import numba
@@ -84,9 +86,9 @@ def route_and_add(
     Returns:
         (weights_NK in fp32, expert_ids_NK in int64); see `routing_operators.route_and_add_`.
     """
-    if len(x_NI) == 1:
+    if x_NI.shape[0] == 1:
         weights_GNK, ids_GNK = route_and_add_shared([y_NO], x_NI, [layer], top_k, eps, temperature)
-        return weights_GNK[0], ids_GNK[0]
+        return weights_GNK.view(1, -1), ids_GNK.view(1, -1)
     threads = _use_threads()
     x = _array(x_NI)
     dots_NE = x_NI @ torch.from_numpy(layer.prototypes_EI).T
@@ -130,18 +132,25 @@ def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array
 
 
 def _use_threads() -> int:
-    """As many as PyTorch, whose number Numba changes when it starts its own, where both use one OpenMP."""
-    number = torch.get_num_threads()
+    """As many as PyTorch."""
+    return _set_threads(torch.get_num_threads(), get_ident())
+
+
+@lru_cache(maxsize=1)
+def _set_threads(number: int, caller: int) -> int:
+    """Numba has a number for each thread that calls it; asking for it each time would take as long as a row of A.
+
+    Numba changes PyTorch's number when it starts its threads, where both use one OpenMP.
+    """
     threads = min(number, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    if numba.get_num_threads() != threads:
-        numba.set_num_threads(threads)
+    numba.set_num_threads(threads)
     if torch.get_num_threads() != number:
         torch.set_num_threads(number)
     return threads
 
 
 def _array(tensor: torch.Tensor) -> Array:
-    return tensor.detach().contiguous().numpy()
+    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
 
 
 @numba.njit(cache=True, fastmath=_FASTMATH)

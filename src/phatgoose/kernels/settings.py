@@ -116,13 +116,13 @@ def many(
     """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
     # and the programs of the sums
     programs = -(-num_tokens // 128) * (layers * -(-num_experts // 64) + 1)
-    shrink_rows = _rows(num_tokens * top_k / num_experts)
-    expand_rows = _rows(num_tokens / num_experts)
+    shrink_rows = _rows(num_tokens * top_k / num_experts, most_from=40)
+    expand_rows = _rows(num_tokens / num_experts, most_from=64)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
     # what chooses adds a row's splits up
     most = 8 if num_experts <= 256 else 2
     splits = _splits(programs, in_features, 64, most=most)
-    while 2 * splits <= min(most, in_features // 64) and in_features // splits > 4096:
+    while 2 * splits <= min(most, in_features // 64) and in_features // splits > 8192:
         splits *= 2
     return Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
@@ -132,7 +132,8 @@ def many(
         place_warps=8 if num_experts <= 256 else 4,
         shrink_rows=shrink_rows,
         shrink_block_i=128,
-        shrink_splits=_splits(layers * tiles // 2, in_features, 128, most=4),
+        # small tiles wait more than they load, so several should be at work on a multiprocessor
+        shrink_splits=_splits(layers * tiles // (1 if shrink_rows == 64 else 2), in_features, 128, most=4),
         expand_rows=expand_rows,
         expand_block_o=128,
         pdl=hopper,
@@ -152,6 +153,6 @@ def _splits(programs: int, in_features: int, block_i: int, most: int) -> int:
     return splits
 
 
-def _rows(mean_group: float) -> int:
-    """Rows of a tile for groups of a mean size."""
-    return 64 if mean_group >= 64 else 32 if mean_group >= 20 else 16
+def _rows(mean_group: float, most_from: float) -> int:
+    """Rows of a tile for groups of a mean size; 64 from some size on."""
+    return 64 if mean_group >= most_from else 32 if mean_group >= 20 else 16

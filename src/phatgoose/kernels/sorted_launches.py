@@ -191,9 +191,10 @@ def _shrink(
     sorted_pairs: Sorted,
     settings: Many,
 ) -> torch.Tensor:
-    """h_GSMR: weight * (A x) of sorted pairs, fp32."""
+    """h_GSMR: weight * (A x) of sorted pairs; fp32, or, if nothing is to be added up, as B multiplies it."""
     (layers, num_pairs), (_, rank, in_features) = sorted_pairs.pairs_M.shape, downs[0].shape
-    h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=torch.float32)
+    dtype = x_NI.dtype if settings.shrink_splits == 1 else torch.float32
+    h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=dtype)
     num_tiles = sorted_pairs.shrink_tiles_3T.shape[2]
     shrink_many[(num_tiles, settings.shrink_splits, layers)](
         x_NI,
