@@ -45,7 +45,7 @@ def test_compiles_for_hopper() -> None:
         *((tokens, name) for tokens in (1, 32, 2) for name in ("partial_scores", "shrink_few", "expand_few")),
         *((4096, name) for name in ("partial_scores", "choose_many", "place_pairs", "shrink_many")),
         *((4096, "expand_many"),) * 4,  # two slots for each of two ranges of columns
-        *((4096, name) for name in ("sums_of_rows", "choose_many", "place_pairs", "shrink_many")),
+        *((4096, name) for name in ("choose_many", "place_pairs", "shrink_many")),
         *((4096, "expand_many"),) * 12,
     ]
     assert {name for _, name, early, *_ in found if early} == {

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, follow, keys_of_one, of_layer
+from phatgoose.kernels.scoring import choose, follow, keys_of_one, mean_and_rstd, of_layer, read_sums
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -74,21 +74,20 @@ def shrink_few(
     in_row = (slot < TOP_K) & (r < rank)
     follow(PDL)
     if ROUTE:
+        total, square = read_sums(stats_ptr, token, num_tokens, SPLITS)
+        mean, rstd = mean_and_rstd(total, square, in_features, eps)
         keys_E = keys_of_one(
             dots_ptr + g * SPLITS * num_tokens * stride_e,
-            stats_ptr,
             of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
             of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
             token,
-            num_tokens,
+            mean,
+            rstd,
             num_experts,
-            in_features,
             stride_e,
             stride_e,
             num_tokens * stride_e,
             stride_bias,
-            eps,
-            SPLITS,
             SPLITS,
             E_PAD,
             HAS_BIAS,

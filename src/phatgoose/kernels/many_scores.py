@@ -9,12 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 
 from phatgoose.kernels.launches import Question, score
 from phatgoose.kernels.prototypes import rows_of
-from phatgoose.kernels.scoring import sums_of_rows
-from phatgoose.kernels.settings import Many, power_of_two
+from phatgoose.kernels.settings import Many
 
 
 class Scored(NamedTuple):
@@ -22,12 +20,12 @@ class Scored(NamedTuple):
 
     Attributes:
         dots: fp32, products with prototypes; `parts` of them are added up.
-        stats_SN2: sum and sum of squares of x.
+        stats_SN2: sum and sum of squares of x; None if whoever chooses has to add up.
         strides: numbers of a row of one for each expert; from a token to the next; a part; a layer.
     """
 
     dots: torch.Tensor
-    stats_SN2: torch.Tensor
+    stats_SN2: torch.Tensor | None
     strides: tuple[int, int, int, int]
     parts: int
 
@@ -42,10 +40,8 @@ def score_many(x_NI: torch.Tensor, questions: Sequence[Question], settings: Many
         dots_GSNP, stats_SN2 = score(x_NI, questions, settings.scores, False)
         splits = settings.scores.splits
         return Scored(dots_GSNP, stats_SN2, (row, row, num_tokens * row, splits * num_tokens * row), splits)
-    stats_1N2 = x_NI.new_empty(1, num_tokens, 2, dtype=torch.float32)
-    _sums(x_NI, stats_1N2)
     dots_NV = _product(x_NI, rows_of([question.halves_HPI for question in questions]))
-    return Scored(dots_NV, stats_1N2, (row, dots_NV.shape[1], row, num_halves * row), num_halves)
+    return Scored(dots_NV, None, (row, dots_NV.shape[1], row, num_halves * row), num_halves)
 
 
 def _product(x_NI: torch.Tensor, rows_VI: torch.Tensor) -> torch.Tensor:
@@ -53,19 +49,3 @@ def _product(x_NI: torch.Tensor, rows_VI: torch.Tensor) -> torch.Tensor:
     if x_NI.is_cuda:
         return torch.mm(x_NI, rows_VI.T, out_dtype=torch.float32)
     return x_NI.float() @ rows_VI.float().T
-
-
-def _sums(x_NI: torch.Tensor, stats_1N2: torch.Tensor) -> None:
-    num_tokens, in_features = x_NI.shape
-    block_i = min(2048, power_of_two(in_features))
-    sums_of_rows[(num_tokens,)](
-        x_NI,
-        stats_1N2,
-        num_tokens,
-        in_features,
-        x_NI.stride(0),
-        BLOCK_N=1,
-        BLOCK_I=block_i,
-        STEPS=triton.cdiv(in_features, block_i),
-        num_warps=4,
-    )

@@ -54,40 +54,6 @@ def product(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-@triton.jit
-def write_sums(
-    x_ptr, stats_ptr, n, in_n, slot, first_step, in_features, stride_x, BLOCK_N: tl.constexpr, BLOCK_I: tl.constexpr,
-    STEPS: tl.constexpr,
-):  # fmt: skip
-    """Sum and sum of squares of x of the tokens n, over STEPS blocks of features, at slot of stats."""
-    sum_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-    square_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
-    for step in tl.range(0, STEPS):
-        i = (first_step + step) * BLOCK_I + tl.arange(0, BLOCK_I)
-        mask_NI = in_n[:, None] & (i < in_features)[None, :]
-        x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
-        sum_NI += x_NI
-        square_NI += x_NI * x_NI
-    tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
-    tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def sums_of_rows(
-    x_ptr,
-    stats_ptr,
-    num_tokens,
-    in_features,
-    stride_x,
-    BLOCK_N: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    STEPS: tl.constexpr,
-):
-    """stats_N2: sum and sum of squares of x."""
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    write_sums(x_ptr, stats_ptr, n, n < num_tokens, n, 0, in_features, stride_x, BLOCK_N, BLOCK_I, STEPS)
-
-
 @triton.jit(do_not_specialize=["num_tokens"])
 def partial_scores(
     x_ptr,
@@ -135,9 +101,16 @@ def partial_scores(
     follow(PDL)
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
-        write_sums(
-            x_ptr, stats_ptr, n, in_n, slot, split * STEPS, in_features, stride_x, BLOCK_N, BLOCK_I, STEPS
-        )  # fmt: skip
+        sum_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+        square_NI = tl.zeros([BLOCK_N, BLOCK_I], tl.float32)
+        for step in tl.range(0, STEPS):
+            i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
+            mask_NI = in_n[:, None] & (i < in_features)[None, :]
+            x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
+            sum_NI += x_NI
+            square_NI += x_NI * x_NI
+        tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
+        tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
         return
 
     if BLOCK_N == 1:
@@ -193,35 +166,56 @@ def score_of(key):
 
 
 @triton.jit
+def mean_and_rstd(total, square, in_features, eps):
+    """Of one token, from the sum and the sum of squares of x."""
+    mean = total / in_features
+    variance = tl.maximum(square / in_features - mean * mean, 0.0)
+    return mean, 1.0 / tl.sqrt(variance + eps)
+
+
+@triton.jit
+def read_sums(stats_ptr, token, num_tokens, SPLITS: tl.constexpr):
+    """(sum, sum of squares) of one token's x, as `partial_scores` wrote them."""
+    stats_S = stats_ptr + (token + tl.arange(0, SPLITS) * num_tokens) * 2
+    return tl.sum(tl.load(stats_S), axis=0), tl.sum(tl.load(stats_S + 1), axis=0)
+
+
+@triton.jit
+def sums_of_row(x_ptr, in_features, BLOCK_I: tl.constexpr, STEPS: tl.constexpr):
+    """(sum, sum of squares) of one token's x."""
+    total, square = 0.0, 0.0
+    for step in tl.static_range(STEPS):
+        i = step * BLOCK_I + tl.arange(0, BLOCK_I)
+        x_I = tl.load(x_ptr + i, mask=i < in_features, other=0.0).to(tl.float32)
+        total += tl.sum(x_I, axis=0)
+        square += tl.sum(x_I * x_I, axis=0)
+    return total, square
+
+
+@triton.jit
 def keys_of_one(
     dots_ptr,
-    stats_ptr,
     sums_ptr,
     bias_ptr,
     token,
-    num_tokens,
+    mean,
+    rstd,
     num_experts,
-    in_features,
     stride_e,
     stride_n,
     stride_s,
     stride_bias,
-    eps,
     PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
     E_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """keys_E of one token: PARTS of its scores are added up, stride_s apart, and SPLITS of the sums of x."""
+    """keys_E of one token: PARTS of its scores are added up, stride_s apart."""
     e = tl.arange(0, E_PAD)
     in_e = e < num_experts
     dots_E = tl.zeros([E_PAD], tl.float32)
     for part in tl.static_range(PARTS):
         dots_E += tl.load(dots_ptr + token * stride_n + part * stride_s + e, mask=e < stride_e, other=0.0)
-    stats_S = stats_ptr + (token + tl.arange(0, SPLITS) * num_tokens) * 2
-    mean = tl.sum(tl.load(stats_S), axis=0) / in_features
-    variance = tl.maximum(tl.sum(tl.load(stats_S + 1), axis=0) / in_features - mean * mean, 0.0)
-    scores_E = (dots_E - mean * tl.load(sums_ptr + e, mask=in_e, other=0.0)) * (1.0 / tl.sqrt(variance + eps))
+    scores_E = (dots_E - mean * tl.load(sums_ptr + e, mask=in_e, other=0.0)) * rstd
     if HAS_BIAS:
         scores_E += tl.load(bias_ptr + token * stride_bias + e, mask=in_e, other=0.0)
     return keys(scores_E, in_e)

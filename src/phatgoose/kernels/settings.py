@@ -25,8 +25,11 @@ SHARE_INPUT = True
 MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
-# scores from which on cuBLAS is faster, although the sums of x are then a second launch
+# scores from which on cuBLAS is faster, although x is then read once more for its sums
 LEAST_SCORES_CUBLAS = 1 << 20
+# few tokens: numbers of y up to which B's launch is among those. More programs of B, waiting for the base layer, would
+# take registers that the base layer wants
+MOST_OUTPUTS_PDL = 1 << 18
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
 
@@ -62,7 +65,7 @@ class Many:
 
     `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
     in the L2 cache when the next slot reads it. `pdl` is that of B's launches, which follow each other.
-    `cublas`: it multiplies prototypes in 16 bits, and the sums of x have a launch of their own.
+    `cublas`: it multiplies prototypes in 16 bits, and x is read once more for its sums.
     """
 
     scores: Scores

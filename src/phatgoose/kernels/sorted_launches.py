@@ -119,9 +119,11 @@ def _choose(
     scored = score_many(x_NI, questions, settings)
     choice = empty_choice(x_NI, len(questions), first.top_k)
     ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
-    choose_many[(num_tokens, len(questions))](
+    block_i = min(2048, power_of_two(in_features))
+    choose_many[(num_tokens,)](
+        x_NI,
         scored.dots,
-        scored.stats_SN2,
+        scored.dots if scored.stats_SN2 is None else scored.stats_SN2,
         *per_layer(questions),
         choice.weights_NK,
         choice.expert_ids_NK,
@@ -129,6 +131,7 @@ def _choose(
         num_tokens,
         num_experts,
         in_features,
+        x_NI.stride(0),
         *scored.strides,
         bias_stride(first),
         ids_GKN.shape[2],
@@ -136,7 +139,9 @@ def _choose(
         first.temperature,
         LAYERS=len(questions),
         PARTS=scored.parts,
-        SPLITS=len(scored.stats_SN2),
+        SPLITS=0 if scored.stats_SN2 is None else len(scored.stats_SN2),
+        BLOCK_I=block_i,
+        STEPS=triton.cdiv(in_features, block_i),
         E_PAD=power_of_two(num_experts),
         TOP_K=first.top_k,
         K_PAD=power_of_two(first.top_k),

@@ -1,6 +1,6 @@
 """Triton: (token, slot) pairs in the order of their experts, by counting. No atomics, so always the same order.
 
-1. `choose_many`: a program of one warp for each token, so that nothing waits for another warp.
+1. `choose_many`: a program of one warp for each token, so that nothing waits for another warp; for all layers of x.
 2. `place_pairs`: a program for each expert reads all ids. It counts those of lower experts, so it knows where its own
    pairs begin, and writes them: E * N * K small numbers are read, from the L2 cache, in place of a count for each block
    of tokens that would have to be waited for.
@@ -23,11 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, keys_of_one, of_layer
+from phatgoose.kernels.scoring import choose, keys_of_one, mean_and_rstd, of_layer, read_sums, sums_of_row
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def choose_many(
+    x_ptr,
     dots_ptr,
     stats_ptr,
     sums0_ptr,
@@ -42,6 +43,7 @@ def choose_many(
     num_tokens,
     num_experts,
     in_features,
+    stride_x,
     stride_e,
     stride_n,
     stride_s,
@@ -53,6 +55,8 @@ def choose_many(
     LAYERS: tl.constexpr,
     PARTS: tl.constexpr,
     SPLITS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    STEPS: tl.constexpr,
     E_PAD: tl.constexpr,
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
@@ -60,36 +64,39 @@ def choose_many(
 ):
     """weights_GNK and expert_ids_GNK from parts of scores; the ids again as ids_GKN, of 4 bytes.
 
-    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest.
+    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest. The sums
+    of x are read, or (SPLITS = 0) made here: x is then read once for all layers.
     A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
     """
     token = tl.program_id(0).to(tl.int64)
-    g = tl.program_id(1).to(tl.int64)
-    keys_E = keys_of_one(
-        dots_ptr + g * stride_g,
-        stats_ptr,
-        of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
-        of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
-        token,
-        num_tokens,
-        num_experts,
-        in_features,
-        stride_e,
-        stride_n,
-        stride_s,
-        stride_bias,
-        eps,
-        PARTS,
-        SPLITS,
-        E_PAD,
-        HAS_BIAS,
-    )
     k = tl.arange(0, K_PAD)
-    weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K)
-    at_K = (g * num_tokens + token) * TOP_K + k
-    tl.store(weights_ptr + at_K, weights_K, mask=k < TOP_K)
-    tl.store(ids_ptr + at_K, ids_K.to(tl.int64), mask=k < TOP_K)
-    tl.store(ids_KN_ptr + (g * TOP_K + k) * stride_k + token, ids_K, mask=k < TOP_K)
+    if SPLITS == 0:
+        total, square = sums_of_row(x_ptr + token * stride_x, in_features, BLOCK_I, STEPS)
+    else:
+        total, square = read_sums(stats_ptr, token, num_tokens, SPLITS)
+    mean, rstd = mean_and_rstd(total, square, in_features, eps)
+    for g in tl.static_range(LAYERS):
+        keys_E = keys_of_one(
+            dots_ptr + g * stride_g.to(tl.int64),
+            of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
+            of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
+            token,
+            mean,
+            rstd,
+            num_experts,
+            stride_e,
+            stride_n,
+            stride_s,
+            stride_bias,
+            PARTS,
+            E_PAD,
+            HAS_BIAS,
+        )
+        weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K)
+        at_K = (token + g * num_tokens.to(tl.int64)) * TOP_K + k
+        tl.store(weights_ptr + at_K, weights_K, mask=k < TOP_K)
+        tl.store(ids_ptr + at_K, ids_K.to(tl.int64), mask=k < TOP_K)
+        tl.store(ids_KN_ptr + (g * TOP_K + k) * stride_k + token, ids_K, mask=k < TOP_K)
 
 
 @triton.jit
