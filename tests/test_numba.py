@@ -30,7 +30,7 @@ def layer(top_k: int, rank: int = 6, mean: float = 0.5) -> tuple[torch.Tensor, .
 def one_number(prototypes_EI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(prototypes, their sums) as loops in fp32 read them."""
     halves_HPI, sums_E = split(prototypes_EI, torch.float32)
-    return halves_HPI[0, : len(prototypes_EI)], sums_E
+    return halves_HPI[0], sums_E
 
 
 def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:

@@ -199,9 +199,8 @@ class RoutedLinear(WrappedLinear):
         from phatgoose.kernels import numba
 
         if self._loops_layer is None:
-            prototypes_EI = self.halves_HPI[0, : len(self.a_ERI)]
-            absent_1E = self.router.absent_E.unsqueeze(0)
-            self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, prototypes_EI, self.sums_E, absent_1E)
+            prototypes = (self.halves_HPI[0], self.sums_E)
+            self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, *prototypes, self.router.absent_E.unsqueeze(0))
         layer = self._loops_layer
         if self.mask_1E is None and self.prompt_mask_BE is None and not self.reads_prompts:
             return layer

@@ -57,13 +57,14 @@ class Layer(NamedTuple):
     """A layer's experts as the loops read them: views of tensors in fp32 on the CPU; what is written there counts.
 
     Attributes:
-        prototypes_EI, sums_E: see `phatgoose.kernels.prototypes`.
+        prototypes_PI, sums_E: see `phatgoose.kernels.prototypes`; the rows beyond E make products of many tokens
+            faster.
         bias_NE: added to the scores; one row counts for all tokens. -inf forbids an expert.
     """
 
     a_ERI: Array
     b_ERO: Array
-    prototypes_EI: Array
+    prototypes_PI: Array
     sums_E: Array
     bias_NE: Array
 
@@ -91,11 +92,11 @@ def route_and_add(
         return weights_GNK.view(1, -1), ids_GNK.view(1, -1)
     threads = _use_threads()
     x = _array(x_NI)
-    dots_NE = x_NI @ torch.from_numpy(layer.prototypes_EI).T
-    scores_NK, ids_NK = _choose(dots_NE.numpy(), x, layer.sums_E, layer.bias_NE, top_k, eps)
-    weights_NK = torch.softmax(torch.from_numpy(scores_NK) / temperature, dim=1).nan_to_num(0.0)
-    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK.numpy(), ids_NK, threads)
-    return weights_NK, torch.from_numpy(ids_NK)
+    dots_NP = x_NI @ torch.from_numpy(layer.prototypes_PI).T
+    rule = (top_k, eps, temperature)
+    weights_NK, ids_NK = _choose(dots_NP.numpy(), x, layer.sums_E, layer.bias_NE, *rule, threads)
+    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK, ids_NK, threads)
+    return torch.from_numpy(weights_NK), torch.from_numpy(ids_NK)
 
 
 def route_and_add_shared(
@@ -154,15 +155,17 @@ def _array(tensor: torch.Tensor) -> Array:
 
 
 @numba.njit(cache=True, fastmath=_FASTMATH)
-def _mean_and_rstd(x_I: Array, eps: float) -> tuple[Any, Any]:
+def _mean_and_rstd(x_NI: Array, n: int, eps: float) -> tuple[Any, Any]:
+    """Of one row; as everywhere below the row is not cut out, for threads would count views of one array together."""
+    in_features = x_NI.shape[1]
     total = np.float32(0)
-    for i in range(len(x_I)):
-        total += x_I[i]
-    mean = np.float32(total / len(x_I))
+    for i in range(in_features):
+        total += x_NI[n, i]
+    mean = np.float32(total / in_features)
     square = np.float32(0)
-    for i in range(len(x_I)):
-        square += (x_I[i] - mean) * (x_I[i] - mean)
-    return mean, np.float32(1 / math.sqrt(square / len(x_I) + eps))
+    for i in range(in_features):
+        square += (x_NI[n, i] - mean) * (x_NI[n, i] - mean)
+    return mean, np.float32(1 / math.sqrt(square / in_features + eps))
 
 
 @numba.njit(cache=True)
@@ -182,34 +185,74 @@ def _insert(scores_K: Array, ids_K: Array, score: Any, e: Any) -> None:
     ids_K[place] = e
 
 
+@numba.njit(cache=True)
+def _choose_one(
+    dots_NP: Array,
+    n: int,
+    mean: Any,
+    rstd: Any,
+    sums_E: Array,
+    bias_NE: Array,
+    temperature: float,
+    weights_NK: Array,
+    ids_NK: Array,
+    scores_K: Array,
+    ids_K: Array,
+) -> None:
+    """weights_NK and ids_NK of token n, the largest first; scores_K and ids_K are written."""
+    row = n % len(bias_NE)  # one for all, or each token's
+    top_k = len(scores_K)
+    for e in range(len(sums_E)):
+        score = np.float32((dots_NP[n, e] - mean * sums_E[e]) * rstd + bias_NE[row, e])
+        if e < top_k or _is_larger(score, scores_K[top_k - 1]):
+            _insert(scores_K, ids_K, score, e)
+    total = np.float32(0)
+    for k in range(top_k):
+        weights_NK[n, k] = math.exp((scores_K[k] - scores_K[0]) / temperature)
+        ids_NK[n, k] = ids_K[k]
+        total += weights_NK[n, k]
+    for k in range(top_k):
+        # NaN where nothing was allowed
+        weights_NK[n, k] = weights_NK[n, k] / total if total > 0 else 0
+
+
 @numba.njit(cache=True, parallel=True)
-def _choose(dots_NE: Array, x_NI: Array, sums_E: Array, bias_NE: Array, top_k: int, eps: float) -> tuple[Array, Array]:
-    """(scores_NK, ids_NK) of the largest scores, the largest first."""
-    num_tokens, num_experts = dots_NE.shape
-    scores_NK = np.empty((num_tokens, top_k), np.float32)
+def _choose(
+    dots_NP: Array,
+    x_NI: Array,
+    sums_E: Array,
+    bias_NE: Array,
+    top_k: int,
+    eps: float,
+    temperature: float,
+    threads: int,
+) -> tuple[Array, Array]:
+    """(weights_NK, ids_NK); a share of the tokens for each thread."""
+    num_tokens = len(dots_NP)
+    weights_NK = np.empty((num_tokens, top_k), np.float32)
     ids_NK = np.empty((num_tokens, top_k), np.int64)
-    for n in numba.prange(num_tokens):
-        mean, rstd = _mean_and_rstd(x_NI[n], eps)
-        bias_E = bias_NE[np.int64(n) % len(bias_NE)]  # one row, or each token's
-        for e in range(num_experts):
-            score = np.float32((dots_NE[n, e] - mean * sums_E[e]) * rstd + bias_E[e])
-            if e < top_k or _is_larger(score, scores_NK[n, top_k - 1]):
-                _insert(scores_NK[n], ids_NK[n], score, np.int64(e))
-    return scores_NK, ids_NK
+    for share in numba.prange(threads):
+        thread = np.int64(share)
+        scores_K, ids_K = np.empty(top_k, np.float32), np.empty(top_k, np.int64)
+        for n in range(num_tokens * thread // threads, num_tokens * (thread + 1) // threads):
+            mean, rstd = _mean_and_rstd(x_NI, n, eps)
+            _choose_one(
+                dots_NP, n, mean, rstd, sums_E, bias_NE, temperature, weights_NK, ids_NK, scores_K, ids_K
+            )  # fmt: skip
+    return weights_NK, ids_NK
 
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
-def _dots(prototypes: tuple[Array, ...], x_I: Array, threads: int) -> Array:
+def _dots(prototypes: tuple[Array, ...], x_I: Array, num_experts: int, threads: int) -> Array:
     """dots_GE; a share of each layer's experts for each thread, so that a layer is looked up once."""
-    dots_GE = np.empty((len(prototypes), len(prototypes[0])), np.float32)
+    dots_GE = np.empty((len(prototypes), num_experts), np.float32)
     for thread in numba.prange(threads):
         for g in range(len(prototypes)):
-            prototypes_EI = prototypes[g]
-            num_experts = len(prototypes_EI)
+            prototypes_PI = prototypes[g]
             for e in range(num_experts * thread // threads, num_experts * (thread + 1) // threads):
                 total = np.float32(0)
                 for i in range(len(x_I)):
-                    total += prototypes_EI[e, i] * x_I[i]
+                    total += prototypes_PI[e, i] * x_I[i]
                 dots_GE[g, e] = total
     return dots_GE
 
@@ -246,22 +289,16 @@ def _route_and_add_one(
     threads: int,
 ) -> tuple[Array, Array]:
     """`route_and_add_shared`, in one call: more would cost more."""
-    mean, rstd = _mean_and_rstd(x_NI[0], eps)
-    dots_GE = _dots(prototypes, x_NI[0], threads)
-    scores_K = np.empty(top_k, np.float32)
+    mean, rstd = _mean_and_rstd(x_NI, 0, eps)
+    dots_GE = _dots(prototypes, x_NI[0], len(sums[0]), threads)
     weights_GNK = np.empty((len(ys), 1, top_k), np.float32)
     ids_GNK = np.empty((len(ys), 1, top_k), np.int64)
+    scores_K, ids_K = np.empty(top_k, np.float32), np.empty(top_k, np.int64)
     for g in range(len(ys)):
-        sums_E, bias_NE = sums[g], biases[g]
-        for e in range(len(sums_E)):
-            score = np.float32((dots_GE[g, e] - mean * sums_E[e]) * rstd + bias_NE[0, e])
-            if e < top_k or _is_larger(score, scores_K[top_k - 1]):
-                _insert(scores_K, ids_GNK[g, 0], score, e)
-        weights_K = np.exp((scores_K - scores_K[0]) / np.float32(temperature)).astype(np.float32)
-        total = weights_K.sum()
-        for k in range(top_k):
-            # NaN where nothing was allowed
-            weights_GNK[g, 0, k] = weights_K[k] / total if total > 0 else 0
+        _choose_one(
+            dots_GE[g : g + 1], 0, mean, rstd, sums[g], biases[g], temperature, weights_GNK[g], ids_GNK[g],
+            scores_K, ids_K,
+        )  # fmt: skip
     _add_ones(ys, x_NI[0], downs, ups, weights_GNK, ids_GNK)
     return weights_GNK, ids_GNK
 
