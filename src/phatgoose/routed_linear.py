@@ -46,7 +46,6 @@ class RoutedLinear(WrappedLinear):
     def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
         super().__init__(base)
         self.router = router
-        self.reads_prompts = router.reads_prompts
         self.backend = backend
         if backend == "auto" and kernels.runs_triton(self._base_device(), stack.a_ERI.dtype):
             self.backend = "triton"
@@ -202,7 +201,7 @@ class RoutedLinear(WrappedLinear):
             prototypes = (self.halves_HPI[0], self.sums_E)
             self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, *prototypes, self.router.absent_E.unsqueeze(0))
         layer = self._loops_layer
-        if self.mask_1E is None and self.prompt_mask_BE is None and not self.reads_prompts:
+        if self.mask_1E is None and self.prompt_mask_BE is None and not self.router.reads_prompts:
             return layer
         for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
@@ -226,7 +225,7 @@ class RoutedLinear(WrappedLinear):
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
         """Each token's row of `prompt_bias_BE`."""
-        if self.prompt_bias_BE is None and self.reads_prompts:
+        if self.prompt_bias_BE is None and self.router.reads_prompts:
             raise RouterError(
                 "this router reads whole prompts, and was given none",
                 expected="model(...), model.generate(...), or calls inside `with model.prompts(ids):`",
