@@ -20,7 +20,7 @@ import triton
 from phatgoose.kernels.few_tokens import expand_few, shrink_few
 from phatgoose.kernels.prototypes import padded
 from phatgoose.kernels.scoring import partial_scores
-from phatgoose.kernels.settings import EXPAND_TILE, MOST_OUTPUTS_PDL, SHRINK_TILE, Few, Scores, power_of_two
+from phatgoose.kernels.settings import EXPAND_TILE, SHRINK_TILE, Few, Scores, power_of_two
 
 T = TypeVar("T")
 
@@ -195,9 +195,7 @@ def expand(
         TOP_K=top_k,
         R_PAD=r_pad,
         BLOCK_O=block_o,
-        **options(
-            settings.pdl and outputs[0].is_cuda and num_tokens * max(widths) <= MOST_OUTPUTS_PDL, settings.expand_warps
-        ),
+        **options(settings.pdl and outputs[0].is_cuda, settings.expand_warps),
     )
 
 

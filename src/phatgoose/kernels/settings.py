@@ -27,9 +27,6 @@ MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 PROGRAMS = 132
 # scores from which on cuBLAS is faster, although x is then read once more for its sums
 LEAST_SCORES_CUBLAS = 1 << 20
-# few tokens: numbers of y up to which B's launch is among those. More programs of B, waiting for the base layer, would
-# take registers that the base layer wants
-MOST_OUTPUTS_PDL = 1 << 18
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
 
