@@ -96,11 +96,10 @@ class SharedInput:
 
     def _compute_in_loops(self, x: torch.Tensor, x_1I: torch.Tensor) -> Held | None:
         """One token alone: with more, a call costs little beside what it does."""
-        if len(x_1I) != 1 or torch.is_grad_enabled():
+        plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
+        if len(x_1I) != 1 or plain or torch.is_grad_enabled():
             return None
         outputs = [linear.base(x) for linear in self.linears]
-        if any(isinstance(linear.record, ScoresRecord) for linear in self.linears[1:]):
-            return None
         if not self.linears[0].takes_loops(x_1I, *outputs):
             return None
         from phatgoose.kernels import numba
