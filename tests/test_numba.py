@@ -82,6 +82,23 @@ for number in (1, 2):
     assert found.split() == ["1", "2"]
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("outputs", [30, 300])
+def test_threads_share_the_output_by_columns_and_tokens(outputs: int, threads: int) -> None:
+    """30 columns are too few to be shared, of 300 each of two threads has 150; rank 13 is 8 and a rest."""
+    x_NI, a_ERI = layer(2, rank=13)[:2]
+    b_ERO = torch.randn(EXPERTS, 13, outputs)
+    weights_NK, ids_NK = torch.rand(TOKENS, 2), torch.rand(TOKENS, EXPERTS).topk(2).indices
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = numba.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+    finally:
+        torch.set_num_threads(before)
+    expected = reference.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_same_bits_twice() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
     prototypes = one_number(prototypes_EI)

@@ -85,6 +85,20 @@ def test_prototypes_that_were_joined_are_read_where_they_lie() -> None:
     assert torch.equal(rows_of([joined[1], joined[0]]), expected_VI.view(3, -1, INPUTS)[[1, 0]].flatten(0, 1))
 
 
+def test_prototypes_that_kernels_would_read_wrongly_are_refused() -> None:
+    pytest.importorskip("triton")
+    from phatgoose.kernels.dispatch import check
+    from phatgoose.kernels.launches import Question
+
+    halves_HPI, sums_E = split(torch.randn(EXPERTS, INPUTS), torch.bfloat16)
+    x_NI, a_ERI = (torch.randn(shape).bfloat16() for shape in ((3, INPUTS), (EXPERTS, 4, INPUTS)))
+    check(x_NI, a_ERI, a_ERI, Question(halves_HPI, sums_E, None, 2, 1e-5, 1.0))
+    with pytest.raises(ValueError, match="gaps"):
+        check(x_NI, a_ERI, a_ERI, Question(halves_HPI[:, :EXPERTS], sums_E, None, 2, 1e-5, 1.0))
+    with pytest.raises(TypeError, match="float32"):
+        check(x_NI, a_ERI, a_ERI, Question(halves_HPI.float(), sums_E, None, 2, 1e-5, 1.0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_prototypes_add_up(dtype: torch.dtype) -> None:
     prototypes_EI = torch.randn(EXPERTS, INPUTS) / INPUTS**0.5

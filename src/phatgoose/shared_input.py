@@ -128,8 +128,9 @@ def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
             alike = len(group) > 1 and len({_kind(linear) for linear in group}) == 1
             if alike and (group[0].fused or group[0].loops):
                 shared = SharedInput(group)
-                for linear, halves_HPI in zip(group, join([linear.halves_HPI for linear in group]), strict=True):
-                    linear.halves_HPI = halves_HPI
+                if group[0].fused:  # for one product with the prototypes of all
+                    for linear, halves_HPI in zip(group, join([linear.halves_HPI for linear in group]), strict=True):
+                        linear.halves_HPI = halves_HPI
                 for g, linear in enumerate(group):
                     linear.shared = (shared, g)
 

@@ -73,6 +73,8 @@ def check(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing:
         raise TypeError(f"x, a and b must share one of {TRITON_DTYPES}, got {x_NI.dtype}, {a_ERI.dtype}, {b_ERO.dtype}")
     if hasattr(routing, "halves_HPI") and routing.halves_HPI.dtype != x_NI.dtype:
         raise TypeError(f"prototypes are in {routing.halves_HPI.dtype}, activations in {x_NI.dtype}")
+    if hasattr(routing, "halves_HPI") and not routing.halves_HPI.is_contiguous():
+        raise ValueError(f"the prototypes have gaps (strides {routing.halves_HPI.stride()})")
 
 
 def check_shared(bases: list[torch.Tensor], downs: list[torch.Tensor], biases: list[torch.Tensor]) -> None:

@@ -8,7 +8,7 @@ Every number has one writer, and sums have a fixed order, so the same input give
 Extra memory: N * E and N * K * R numbers. M below is N * K (token, slot) pairs, sorted by expert, then slot, then
 token. The interpreter's lock is held, so no two loops run at once: one of Numba's thread pools forbids that.
 
-Axes: G layers of one x, N tokens, E experts, K chosen experts, I in-features, O out-features, R rank.
+Axes: G layers of one x, N tokens, E experts, P experts padded, K chosen experts, I in-features, O out-features, R rank.
 """
 
 from __future__ import annotations
