@@ -201,7 +201,8 @@ class RoutedLinear(WrappedLinear):
             prototypes = (self.halves_HPI[0], self.sums_E)
             self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, *prototypes, self.router.absent_E.unsqueeze(0))
         layer = self._loops_layer
-        if self.mask_1E is None and self.prompt_mask_BE is None and not self.router.reads_prompts:
+        nothing_added = self.mask_1E is None and self.prompt_mask_BE is None and self.prompt_bias_BE is None
+        if nothing_added and not self.router.reads_prompts:
             return layer
         for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
