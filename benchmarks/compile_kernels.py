@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from phatgoose.kernels import launches, settings, sorted_launches
-from phatgoose.kernels.prototypes import padded
+from phatgoose.kernels.prototypes import rows_for
 
 RANK, TOP_K = 16, 2
 TARGET = GPUTarget("cuda", 90, 32)
@@ -38,6 +38,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -137,7 +138,7 @@ def layer_launches(
         new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         x_NI, y_NO = torch.empty(tokens, inputs, **new), torch.empty(tokens, outputs, **new)
         a_ERI, b_ERO = torch.empty(experts, RANK, inputs, **new), torch.empty(experts, RANK, outputs, **new)
-        halves_HPI = torch.empty(2, padded(experts), inputs, **new)
+        halves_HPI = torch.empty(2, rows_for(experts), inputs, **new)
         bias_NE = torch.empty(1, experts, device="cuda") if bias else None
         sums_E = torch.empty(experts, device="cuda")
         question = launches.Question(halves_HPI, sums_E, bias_NE, TOP_K, 1e-5, 1.0)

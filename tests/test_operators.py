@@ -107,7 +107,10 @@ def test_prototypes_add_up(dtype: torch.dtype) -> None:
     bits = {torch.float32: 24, torch.bfloat16: 16, torch.float16: 20}[dtype]
     assert ((found_EI - prototypes_EI).abs() <= prototypes_EI.abs().max() * 2.0**-bits).all()
     assert len(halves_HPI) == (1 if dtype == torch.float32 else 2) and halves_HPI.dtype == dtype
-    assert halves_HPI.shape[1] == 16 and halves_HPI[:, EXPERTS:].eq(0).all()  # 16 bytes at a time
+    assert halves_HPI.shape[1] == 16  # 16 bytes at a time
+    assert halves_HPI[0, EXPERTS].eq(1).all() and halves_HPI[:, EXPERTS + 1 :].eq(0).all()
+    assert halves_HPI[1:, EXPERTS].eq(0).all()
+    assert split(torch.randn(16, INPUTS), dtype).halves_HPI.shape[1] == 32
     torch.testing.assert_close(sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
 
 

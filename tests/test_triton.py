@@ -157,9 +157,41 @@ def test_scores_by_cublas(dtype: torch.dtype) -> None:
     """On a CPU by its own product. fp32 takes the kernel's all the same."""
     layer = make_layer(MIDDLE._replace(inputs=2100), dtype)  # the sums take two steps
     bias_NE = torch.randn(MIDDLE.tokens, MIDDLE.experts, device=DEVICE)
-    y_NO, choice = add("many", layer, ask(layer, 2, bias_NE), cublas=True)
+    y_NO, choice = add("many", layer, ask(layer, 2, bias_NE), cublas=True, shrink_rows=32)
     check_choice(choice, true_scores(layer, bias_NE), SCORE_ERROR[dtype])
     check_y(y_NO, layer, choice)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_weights_from_sums_that_a_makes(top_k: int) -> None:
+    """Masked experts, biases of single tokens, and none: their order depends on rstd only where a bias is finite."""
+    layer = make_layer(MIDDLE._replace(inputs=300, experts=16), torch.bfloat16)  # a row of ones needs more rows
+    layer.x_NI.mul_(torch.logspace(-1, 1, MIDDLE.tokens, device=DEVICE).unsqueeze(1))
+    mask_1E = torch.zeros(1, 16, device=DEVICE)
+    mask_1E[0, ::3] = -math.inf
+    some_NE = mask_1E.repeat(MIDDLE.tokens, 1)
+    some_NE[::2, 1] = 1.5
+    for bias_NE in (None, mask_1E, some_NE):
+        question = ask(layer, top_k, bias_NE, temperature=0.5)
+        y_NO, choice = add("many", layer, question, cublas=True, shrink_splits=1, shrink_rows=64)
+        check_choice(choice, true_scores(layer, bias_NE), SCORE_ERROR[torch.bfloat16], temperature=0.5)
+        check_y(y_NO, layer, choice)
+
+
+def test_nothing_allowed_and_nan_where_a_makes_the_weights() -> None:
+    layer = make_layer(MIDDLE, torch.bfloat16)
+    bias_NE = torch.zeros(MIDDLE.tokens, MIDDLE.experts, device=DEVICE)
+    bias_NE[4, 1:] = -math.inf
+    bias_NE[5] = -math.inf
+    late = {"cublas": True, "shrink_splits": 1, "shrink_rows": 64}
+    clean_NO, choice = add("many", layer, ask(layer, 2, bias_NE), **late)
+    assert choice.weights_NK[4].tolist() == [1.0, 0.0] and choice.weights_NK[5].tolist() == [0.0, 0.0]
+    assert (clean_NO[5] == 0.25).all()
+    layer.x_NI[2, 5] = math.nan
+    y_NO, _ = add("many", layer, ask(layer, 2, bias_NE), **late)
+    assert y_NO[2].isnan().all()
+    rest = [n for n in range(MIDDLE.tokens) if n != 2]
+    assert torch.equal(y_NO[rest], clean_NO[rest])
 
 
 def test_large_groups() -> None:
@@ -286,6 +318,7 @@ QKV, PAIR = (80, 24, 150), (300, 40)
         ("many", 21, PAIR, torch.bfloat16),
         ("cublas", 21, QKV, torch.bfloat16),
         ("cublas", 21, PAIR, torch.float16),
+        ("late", 21, QKV, torch.bfloat16),
     ],
     ids=str,
 )
@@ -302,7 +335,8 @@ def test_layers_that_share_launches(kernel: str, tokens: int, outputs: tuple[int
         settings.few(tokens, MIDDLE.experts, 600, len(layers)),
         settings.many(tokens, 2, MIDDLE.experts, 600, len(layers)),
     )
-    chosen = few if kernel == "few" else dataclasses.replace(many, cublas=kernel == "cublas")
+    rows = {"shrink_splits": 1, "shrink_rows": 64} if kernel == "late" else {"shrink_rows": 16}
+    chosen = few if kernel == "few" else dataclasses.replace(many, cublas=kernel in ("cublas", "late"), **rows)
     wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
     ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]
     downs, ups = [layer.a_ERI for layer in layers], [layer.b_ERO for layer in layers]

@@ -92,7 +92,7 @@ def shrink_few(
             E_PAD,
             HAS_BIAS,
         )
-        weight_KR, expert_KR = choose(keys_E, num_experts, temperature, slot, E_PAD, TOP_K)
+        weight_KR, expert_KR = choose(keys_E, num_experts, temperature, slot, E_PAD, TOP_K, True)
         expert_KR = expert_KR.to(tl.int64)
         if split == 0:
             at_KR = token * TOP_K + slot

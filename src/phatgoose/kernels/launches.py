@@ -18,7 +18,7 @@ import torch
 import triton
 
 from phatgoose.kernels.few_tokens import expand_few, shrink_few
-from phatgoose.kernels.prototypes import padded
+from phatgoose.kernels.prototypes import rows_for
 from phatgoose.kernels.scoring import partial_scores
 from phatgoose.kernels.settings import EXPAND_TILE, SHRINK_TILE, Few, Scores, power_of_two
 
@@ -62,7 +62,7 @@ def score(
     pdl: bool,
     stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(dots_GSNE, with rows of `padded` length, and stats_SN2), fp32, for the questions of up to three layers."""
+    """(dots_GSNE, with rows of `rows_for` numbers, and stats_SN2), fp32, for the questions of up to three layers."""
     (num_tokens, in_features), (num_halves, stride_e, _) = x_NI.shape, questions[0].halves_HPI.shape
     num_experts = len(questions[0].sums_E)
     dots_GSNE = x_NI.new_empty(len(questions), settings.splits, num_tokens, stride_e, dtype=torch.float32)
@@ -146,7 +146,7 @@ def shrink(
             in_features,
             rank,
             x_NI.stride(0),
-            padded(num_experts),
+            rows_for(num_experts),
             bias_stride(first),
             eps,
             temperature,

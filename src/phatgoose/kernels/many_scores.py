@@ -20,7 +20,8 @@ class Scored(NamedTuple):
 
     Attributes:
         dots: fp32, products with prototypes; `parts` of them are added up.
-        stats_SN2: sum and sum of squares of x; None if whoever chooses has to add up.
+        stats_SN2: sum and sum of squares of x; None if they are not known yet. The sum then lies behind the dots of the
+            first layer's first halves.
         strides: numbers of a row of one for each expert; from a token to the next; a part; a layer.
     """
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import follow, of_layer, product
+from phatgoose.kernels.scoring import follow, mean_and_rstd, of_layer, product, weights_of_slots
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_tiles"])
@@ -27,6 +27,8 @@ def shrink_many(
     a2_ptr,
     pairs_ptr,
     weights_ptr,
+    scores_ptr,
+    means_ptr,
     tiles_ptr,
     h_ptr,
     num_pairs,
@@ -34,20 +36,29 @@ def shrink_many(
     in_features,
     rank,
     stride_x,
+    eps,
+    temperature,
     LAYERS: tl.constexpr,
     TOP_K: tl.constexpr,
+    K_PAD: tl.constexpr,
     R_PAD: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_I: tl.constexpr,
     STEPS: tl.constexpr,
+    WEIGH: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """h_GSMR: weight * (A x) of sorted pairs."""
+    """h_GSMR: weight * (A x) of sorted pairs.
+
+    WEIGH: weights are written, not read. They come from scores_GNK and means_N2 (see `sorting.choose_many`) and from
+    the sums of squares of x, all of which passes through here, in one split.
+    """
     split = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
     a_ptr = of_layer(g, a0_ptr, a1_ptr, a2_ptr, LAYERS)
     pairs_ptr += g * num_pairs
     weights_ptr += g * num_pairs
+    scores_ptr += g * num_pairs
     h_ptr += g * tl.num_programs(1) * num_pairs * rank
     at = tiles_ptr + g * 3 * num_tiles + tl.program_id(0)
     expert = tl.load(at)
@@ -62,13 +73,29 @@ def shrink_many(
         in_r = r < rank
         a_row = (expert.to(tl.int64) * rank + r) * in_features
         h_MR = tl.zeros([ROWS, R_PAD], tl.float32)
+        squares_MM = tl.zeros([ROWS, ROWS], tl.float32)
         for step in tl.range(0, STEPS):
             i = (split * STEPS + step) * BLOCK_I + tl.arange(0, BLOCK_I)
             in_i = i < in_features
             x_MI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=in_m[:, None] & in_i[None, :], other=0.0)
             a_RI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_r[:, None] & in_i[None, :], other=0.0)
             h_MR = product(x_MI, a_RI.T, h_MR, UPCAST)
-        weights_M = tl.load(weights_ptr + pair_M, mask=in_m, other=0.0).to(tl.float32)
+            if WEIGH:  # by matrix units: they read x where it lies, all else would carry it into registers
+                squares_MM = product(x_MI, x_MI.T, squares_MM, UPCAST)
+        if WEIGH:
+            mean_M = tl.load(means_ptr + 2 * n, mask=in_m, other=0.0)
+            is_score_M = tl.load(means_ptr + 2 * n + 1, mask=in_m, other=0.0) != 0.0
+            row = tl.arange(0, ROWS)
+            square_M = tl.sum(tl.where(row[:, None] == row[None, :], squares_MM, 0.0), axis=1)
+            _, rstd_M = mean_and_rstd(mean_M * in_features, square_M, in_features, eps)
+            k = tl.arange(0, K_PAD)
+            in_mk = in_m[:, None] & (k < TOP_K)[None, :]
+            scores_MK = tl.load(scores_ptr + n[:, None] * TOP_K + k[None, :], mask=in_mk, other=float("-inf"))
+            scores_MK = scores_MK * tl.where(is_score_M, 1.0, rstd_M)[:, None] / temperature
+            weights_M = weights_of_slots(scores_MK, (pair_M % TOP_K).to(tl.int32), k)
+            tl.store(weights_ptr + pair_M, weights_M, mask=in_m)
+        else:
+            weights_M = tl.load(weights_ptr + pair_M, mask=in_m, other=0.0).to(tl.float32)
         at_M = (split.to(tl.int64) * num_pairs + m) * rank
         h_MR = (h_MR * weights_M[:, None]).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR, mask=in_m[:, None] & in_r[None, :])

@@ -16,7 +16,8 @@ class Prototypes(NamedTuple):
 
     Attributes:
         halves_HPI: rounded to the activations' dtype, and (not in fp32) what that rounding left, rounded again.
-            P is `padded(E)`; rows beyond the last expert are 0. Rows have no gaps, nor have halves.
+            P is `rows_for(E)`. Of the rows beyond the last expert the first is 1 in the first half, so that products
+            hold the sum of x too; the others are 0. Rows have no gaps, nor have halves.
         sums_E: the sums of the halves over I, fp32. Times mean(x) they are subtracted
             from the products, so that rounding does not give prototypes a mean.
     """
@@ -29,17 +30,23 @@ def split(prototypes_EI: torch.Tensor, dtype: torch.dtype) -> Prototypes:
     """fp32 prototypes as one number (fp32) or the sum of two (bf16: 16 bits, fp16: 22 bits) of a dtype."""
     num_experts, in_features = prototypes_EI.shape
     num_halves = 1 if dtype == torch.float32 else 2
-    halves_HPI = prototypes_EI.new_zeros(num_halves, padded(num_experts), in_features, dtype=dtype)
+    halves_HPI = prototypes_EI.new_zeros(num_halves, rows_for(num_experts), in_features, dtype=dtype)
     rest_EI = prototypes_EI
     for half_PI in halves_HPI:
         half_PI[:num_experts] = rest_EI.to(dtype)
         rest_EI = prototypes_EI - half_PI[:num_experts].float()
+    halves_HPI[0, num_experts] = 1.0
     return Prototypes(halves_HPI, halves_HPI[:, :num_experts].double().sum(dim=(0, 2)).float())
 
 
-def padded(num_experts: int) -> int:
-    """Numbers of a row of one for each expert: a multiple of 16, so that rows are read 16 bytes at a time."""
-    return -(-num_experts // 16) * 16
+def rows_for(num_experts: int) -> int:
+    """P: of each expert, of ones, and what pads them."""
+    return padded(num_experts + 1)
+
+
+def padded(length: int) -> int:
+    """A multiple of 16, so that rows of such a length are read 16 bytes at a time."""
+    return -(-length // 16) * 16
 
 
 def join(halves: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -17,7 +17,8 @@ prototypes. They share the sums of x.
 Axes: G layers of one x, N tokens, E experts (padded, H x C), K chosen experts, I in-features, S splits of I.
 `partial_scores` writes what each split found; `keys_of_one` adds the splits up in
 order, so the same input gives the same bits. For many tokens `many_scores.py`
-may have cuBLAS multiply: then `keys_of_one` adds hi and lo up.
+may have cuBLAS multiply: then `keys_of_one` adds hi and lo up, and rstd, which changes no order, comes from whoever
+reads x next (`many_tokens.shrink_many`).
 """
 
 from __future__ import annotations
@@ -222,11 +223,12 @@ def keys_of_one(
 
 
 @triton.jit
-def choose(keys_E, num_experts, temperature, slot, E_PAD: tl.constexpr, TOP_K: tl.constexpr):
+def choose(keys_E, num_experts, temperature, slot, E_PAD: tl.constexpr, TOP_K: tl.constexpr, WEIGHTS: tl.constexpr):
     """(weights, experts) of one token, for each number in `slot`; those from TOP_K on get the last slot's.
 
     The larger score wins, and of equal ones the lower expert id. NaN counts as the largest. A token whose scores are
     all -inf gets weights of 0. In scalars: an axis of one token would be carried through shared memory.
+    Not WEIGHTS: scores in their place.
     """
     e = tl.arange(0, E_PAD)
     weights = tl.zeros(slot.shape, tl.float32)
@@ -236,11 +238,26 @@ def choose(keys_E, num_experts, temperature, slot, E_PAD: tl.constexpr, TOP_K: t
         best = tl.max(keys_E, axis=0)
         expert = tl.minimum(tl.min(tl.where(keys_E == best, e, E_PAD), axis=0), num_experts - 1)
         keys_E = tl.where(e == expert, -0x80000000, keys_E)
-        score = score_of(best) / temperature
-        if slot_k == 0:
-            first = tl.where(score == float("-inf"), 0.0, score)
-        weight = tl.exp(score - first)
-        total += weight
+        weight = score_of(best)
+        if WEIGHTS:
+            weight /= temperature
+            if slot_k == 0:
+                first = tl.where(weight == float("-inf"), 0.0, weight)
+            weight = tl.exp(weight - first)
+            total += weight
         weights = tl.where(slot >= slot_k, weight, weights)
         experts = tl.where(slot >= slot_k, expert, experts)
-    return weights / tl.where(total == 0.0, 1.0, total), experts
+    if WEIGHTS:
+        weights /= tl.where(total == 0.0, 1.0, total)
+    return weights, experts
+
+
+@triton.jit
+def weights_of_slots(scores_MK, slot_M, k):
+    """Of each row's slot, the weight among the scores of all, of which the first is the largest; as `choose` says."""
+    first_M = tl.sum(tl.where(k[None, :] == 0, scores_MK, 0.0), axis=1)
+    first_M = tl.where(first_M == float("-inf"), 0.0, first_M)
+    weights_MK = tl.exp(scores_MK - first_M[:, None])
+    total_M = tl.sum(weights_MK, axis=1)
+    own_M = tl.sum(tl.where(k[None, :] == slot_M[:, None], weights_MK, 0.0), axis=1)
+    return own_M / tl.where(total_M == 0.0, 1.0, total_M)

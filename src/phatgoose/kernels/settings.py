@@ -10,7 +10,7 @@ Axes: N tokens, E experts, K slots, I in-features, O out-features.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
@@ -25,8 +25,11 @@ SHARE_INPUT = True
 MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
-# scores from which on cuBLAS is faster, although x is then read once more for its sums
-LEAST_SCORES_CUBLAS = 1 << 20
+# products of scores (tokens x experts x features) from which on cuBLAS is faster
+LEAST_PRODUCTS_CUBLAS = 1 << 31
+# and where x is then read once more for its sums: numbers of x up to which that is cheap (half of an H100's L2 cache),
+# and experts (x layers) from which on it is always worth it
+MOST_NUMBERS_REREAD, LEAST_EXPERTS_REREAD = 1 << 24, 512
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
 
@@ -62,7 +65,7 @@ class Many:
 
     `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
     in the L2 cache when the next slot reads it. `pdl` is that of B's launches, which follow each other.
-    `cublas`: it multiplies prototypes in 16 bits, and x is read once more for its sums.
+    `cublas`: it multiplies prototypes in 16 bits, and does not make the sums of x.
     """
 
     scores: Scores
@@ -79,6 +82,14 @@ class Many:
     shrink_stages: int = 4
     expand_warps: int = 4
     pdl: bool = False
+
+    @property
+    def weigh_late(self) -> bool:
+        """Whether A makes the sums of x that cuBLAS does not, and so the weights; else x is read once more.
+
+        Its programs must see all of a token's x, and smaller tiles wait for their sums longer than reading takes.
+        """
+        return self.cublas and self.shrink_splits == 1 and self.shrink_rows == 64
 
 
 def takes_few(num_tokens: int, top_k: int) -> bool:
@@ -114,30 +125,37 @@ def many(
     num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True
 ) -> Many:
     """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
-    # and the programs of the sums
-    programs = -(-num_tokens // 128) * (layers * -(-num_experts // 64) + 1)
     shrink_rows = _rows(num_tokens * top_k / num_experts, most_from=40)
-    expand_rows = _rows(num_tokens / num_experts, most_from=64)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
+    # small tiles wait more than they load, so several should be at work on a multiprocessor
+    shrink_splits = _splits(layers * tiles // (1 if shrink_rows == 64 else 2), in_features, 128, most=4)
     # what chooses adds a row's splits up
     most = 8 if num_experts <= 256 else 2
+    programs = -(-num_tokens // 128) * (layers * -(-num_experts // 64) + 1)  # and those of the sums
     splits = _splits(programs, in_features, 64, most=most)
     while 2 * splits <= min(most, in_features // 64) and in_features // splits > 8192:
         splits *= 2
-    return Many(
+    found = Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
-        cublas=num_tokens * layers * num_experts >= LEAST_SCORES_CUBLAS,
-        # so many ids are in a program's registers; many programs want few
-        place_block_n=(4096 if num_experts <= 256 else 2048) // power_of_two(top_k),
-        place_warps=8 if num_experts <= 256 else 4,
+        cublas=num_tokens * layers * num_experts * in_features >= LEAST_PRODUCTS_CUBLAS,
+        # so many ids are in a program's registers, and are read once if they are all
+        place_block_n=8192 // power_of_two(top_k),
+        place_warps=8,
         shrink_rows=shrink_rows,
-        shrink_block_i=128,
-        # small tiles wait more than they load, so several should be at work on a multiprocessor
-        shrink_splits=_splits(layers * tiles // (1 if shrink_rows == 64 else 2), in_features, 128, most=4),
-        expand_rows=expand_rows,
+        # smaller steps where layers share launches: several programs fit on a multiprocessor
+        shrink_block_i=64 if shrink_rows == 64 and layers > 1 else 128,
+        shrink_stages=8 - layers if shrink_rows == 64 and layers > 1 else 4,
+        shrink_splits=shrink_splits,
+        expand_rows=_rows(num_tokens / num_experts, most_from=64),
         expand_block_o=128,
+        # factors of many experts want room in the L2 cache too
+        expand_bytes=(16 if num_experts <= 256 else 8) << 20,
         pdl=hopper,
     )
+    rereads_x = found.cublas and not found.weigh_late and layers * num_experts < LEAST_EXPERTS_REREAD
+    if rereads_x and num_tokens * in_features > MOST_NUMBERS_REREAD:
+        return replace(found, cublas=False)
+    return found
 
 
 def power_of_two(number: int) -> int:

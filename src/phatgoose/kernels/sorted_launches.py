@@ -86,9 +86,9 @@ def add_many_shared(
     Returns:
         The choices, with an axis G in front.
     """
-    choice, ids_GKN = _choose(x_NI, routings, settings)
-    pairs = sort_pairs(ids_GKN, len(x_NI), downs[0].shape[0], settings)
-    h_GSMR = _shrink(x_NI, downs, choice.weights_NK, pairs, settings)
+    choice, ids_GKN, unweighted = _choose(x_NI, routings, settings)
+    pairs = sort_pairs(ids_GKN, len(x_NI), len(downs[0]), settings)
+    h_GSMR = _shrink(x_NI, downs, choice.weights_NK, unweighted, pairs, settings)
     for g, (y_NO, b_ERO) in enumerate(zip(outputs, ups, strict=True)):
         _expand(y_NO, h_GSMR.select(0, g), b_ERO, pairs.of_layer(g), settings, write=write)
     return choice
@@ -106,26 +106,41 @@ class Sorted(NamedTuple):
         return Sorted(*(tensor.select(0, g) for tensor in self))
 
 
+class Unweighted(NamedTuple):
+    """What weights will be made of; see `sorting.choose_many` and `many_tokens.shrink_many`."""
+
+    scores_GNK: torch.Tensor
+    means_N2: torch.Tensor
+    eps: float
+    temperature: float
+
+
 def _choose(
     x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], settings: Many
-) -> tuple[Choice, torch.Tensor]:
-    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`)."""
+) -> tuple[Choice, torch.Tensor, Unweighted | None]:
+    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`; what weights wait for, if they do)."""
     first = routings[0]
     if isinstance(first, Choice):
         choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
-        return choice, narrow_ids(choice.expert_ids_NK)
+        return choice, narrow_ids(choice.expert_ids_NK), None
     questions: Sequence[Question] = routings  # type: ignore[assignment]
     (num_tokens, in_features), num_experts = x_NI.shape, len(first.sums_E)
     scored = score_many(x_NI, questions, settings)
     choice = empty_choice(x_NI, len(questions), first.top_k)
     ids_GKN = x_NI.new_empty(len(questions), first.top_k, padded(num_tokens), dtype=torch.int32)
+    stats_SN2, unweighted, written = scored.stats_SN2, None, choice.weights_NK
+    if stats_SN2 is None and settings.weigh_late:
+        means_N2 = x_NI.new_empty(num_tokens, 2, dtype=torch.float32)
+        unweighted = Unweighted(torch.empty_like(choice.weights_NK), means_N2, first.eps, first.temperature)
+        written = unweighted.scores_GNK
     block_i = min(2048, power_of_two(in_features))
     choose_many[(num_tokens,)](
         x_NI,
         scored.dots,
-        scored.dots if scored.stats_SN2 is None else scored.stats_SN2,
+        scored.dots if stats_SN2 is None else stats_SN2,
+        scored.dots if unweighted is None else unweighted.means_N2,
         *per_layer(questions),
-        choice.weights_NK,
+        written,
         choice.expert_ids_NK,
         ids_GKN,
         num_tokens,
@@ -139,16 +154,17 @@ def _choose(
         first.temperature,
         LAYERS=len(questions),
         PARTS=scored.parts,
-        SPLITS=0 if scored.stats_SN2 is None else len(scored.stats_SN2),
+        SPLITS=0 if stats_SN2 is None else len(stats_SN2),
         BLOCK_I=block_i,
         STEPS=triton.cdiv(in_features, block_i),
         E_PAD=power_of_two(num_experts),
         TOP_K=first.top_k,
         K_PAD=power_of_two(first.top_k),
         HAS_BIAS=first.bias_NE is not None,
+        LATE=unweighted is not None,
         num_warps=1,
     )
-    return choice, ids_GKN
+    return choice, ids_GKN, unweighted
 
 
 def narrow_ids(expert_ids_GNK: torch.Tensor) -> torch.Tensor:
@@ -170,12 +186,13 @@ def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, setting
         ids_GKN.new_empty(layers, top_k, 3, expand_tiles),
     )
     block_n = min(settings.place_block_n, power_of_two(num_tokens))
+    steps = triton.cdiv(num_tokens, block_n)
     place_pairs[(num_experts, layers)](
         ids_GKN,
         *found,
         num_tokens,
         stride_k,
-        triton.cdiv(num_tokens, block_n),
+        steps,
         shrink_tiles,
         expand_tiles,
         TOP_K=top_k,
@@ -184,6 +201,7 @@ def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, setting
         BLOCK_T=32,
         SHRINK_ROWS=settings.shrink_rows,
         EXPAND_ROWS=settings.expand_rows,
+        AT_ONCE=steps == 1,
         num_warps=settings.place_warps,
     )
     return found
@@ -193,19 +211,26 @@ def _shrink(
     x_NI: torch.Tensor,
     downs: Sequence[torch.Tensor],
     weights_GNK: torch.Tensor,
+    unweighted: Unweighted | None,
     sorted_pairs: Sorted,
     settings: Many,
 ) -> torch.Tensor:
-    """h_GSMR: weight * (A x) of sorted pairs; fp32, or, if nothing is to be added up, as B multiplies it."""
+    """h_GSMR: weight * (A x) of sorted pairs; fp32, or, if nothing is to be added up, as B multiplies it.
+
+    With `unweighted` it writes the weights.
+    """
     (layers, num_pairs), (_, rank, in_features) = sorted_pairs.pairs_M.shape, downs[0].shape
     dtype = x_NI.dtype if settings.shrink_splits == 1 else torch.float32
     h_GSMR = x_NI.new_empty(layers, settings.shrink_splits, num_pairs, rank, dtype=dtype)
-    num_tiles = sorted_pairs.shrink_tiles_3T.shape[2]
+    num_tiles, top_k = sorted_pairs.shrink_tiles_3T.shape[2], weights_GNK.shape[2]
+    scores_GNK, means_N2, *rule = unweighted or (weights_GNK, weights_GNK, 0.0, 1.0)
     shrink_many[(num_tiles, settings.shrink_splits, layers)](
         x_NI,
         *three(downs),
         sorted_pairs.pairs_M,
         weights_GNK,
+        scores_GNK,
+        means_N2,
         sorted_pairs.shrink_tiles_3T,
         h_GSMR,
         num_pairs,
@@ -213,12 +238,15 @@ def _shrink(
         in_features,
         rank,
         x_NI.stride(0),
+        *rule,
         LAYERS=layers,
-        TOP_K=weights_GNK.shape[2],
+        TOP_K=top_k,
+        K_PAD=power_of_two(top_k),
         R_PAD=max(16, power_of_two(rank)),
         ROWS=settings.shrink_rows,
         BLOCK_I=settings.shrink_block_i,
         STEPS=steps_of(in_features, settings.shrink_block_i, settings.shrink_splits),
+        WEIGH=unweighted is not None,
         UPCAST=not x_NI.is_cuda,
         num_warps=settings.shrink_warps,
         num_stages=settings.shrink_stages,

@@ -26,11 +26,20 @@ import triton.language as tl
 from phatgoose.kernels.scoring import choose, keys_of_one, mean_and_rstd, of_layer, read_sums, sums_of_row
 
 
+@triton.jit
+def count_finite(bias_ptr, num_experts, E_PAD: tl.constexpr):
+    """How many biases of a token are neither 0 nor -inf."""
+    e = tl.arange(0, E_PAD)
+    bias_E = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
+    return tl.sum(((bias_E != 0.0) & (bias_E != float("-inf"))).to(tl.int32), axis=0)
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def choose_many(
     x_ptr,
     dots_ptr,
     stats_ptr,
+    means_ptr,
     sums0_ptr,
     sums1_ptr,
     sums2_ptr,
@@ -61,20 +70,39 @@ def choose_many(
     TOP_K: tl.constexpr,
     K_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    LATE: tl.constexpr,
 ):
     """weights_GNK and expert_ids_GNK from parts of scores; the ids again as ids_GKN, of 4 bytes.
 
-    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest. The sums
-    of x are read, or (SPLITS = 0) made here: x is then read once for all layers.
+    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest.
     A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
+
+    Sums of x are read, or (SPLITS = 0) made here: x is then read once for all layers. LATE: what x is read by next
+    makes them. The sum alone is a product with ones, behind the scores of the first layer. Scores are chosen by before
+    rstd multiplies them, and written in place of weights; means_N2 says what is to be done: (the mean of x, 0). Only
+    where a finite bias is added does the order depend on rstd; there rstd multiplies here, and means_N2 is (mean, 1).
     """
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K_PAD)
-    if SPLITS == 0:
-        total, square = sums_of_row(x_ptr + token * stride_x, in_features, BLOCK_I, STEPS)
-    else:
+    total, square = 0.0, 0.0
+    late = LATE
+    if LATE and HAS_BIAS:
+        finite = 0
+        for g in tl.static_range(LAYERS):
+            bias_ptr = of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS)
+            finite += count_finite(bias_ptr + token * stride_bias, num_experts, E_PAD)
+        late = finite == 0
+    if SPLITS > 0:
         total, square = read_sums(stats_ptr, token, num_tokens, SPLITS)
+    elif late:
+        total = tl.load(dots_ptr + token * stride_n + num_experts)
+    else:
+        total, square = sums_of_row(x_ptr + token * stride_x, in_features, BLOCK_I, STEPS)
     mean, rstd = mean_and_rstd(total, square, in_features, eps)
+    if LATE:
+        rstd = tl.where(late, 1.0, rstd)
+        tl.store(means_ptr + 2 * token, mean)
+        tl.store(means_ptr + 2 * token + 1, tl.where(late, 0.0, 1.0))
     for g in tl.static_range(LAYERS):
         keys_E = keys_of_one(
             dots_ptr + g * stride_g.to(tl.int64),
@@ -92,7 +120,7 @@ def choose_many(
             E_PAD,
             HAS_BIAS,
         )
-        weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K)
+        weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K, not LATE)
         at_K = (token + g * num_tokens.to(tl.int64)) * TOP_K + k
         tl.store(weights_ptr + at_K, weights_K, mask=k < TOP_K)
         tl.store(ids_ptr + at_K, ids_K.to(tl.int64), mask=k < TOP_K)
@@ -127,6 +155,21 @@ def load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K: tl.constexpr):
     return tl.where((k < TOP_K)[:, None] & (n < num_tokens)[None, :], ids_KN, 0x7FFFFFFF)
 
 
+@triton.jit
+def counts_of(ids_KN, e):
+    """How many are lower, and in the upper 32 bits how many are e: one sum for both, which waits for all threads."""
+    return (ids_KN < e).to(tl.int64) + ((ids_KN == e).to(tl.int64) << 32)
+
+
+@triton.jit
+def write_pairs(pairs_ptr, ids_KN, e, k, n, next_K, TOP_K: tl.constexpr):
+    """Those of expert e from place next_K on; how many."""
+    hits_KN = (ids_KN == e).to(tl.int32)
+    place_KN = next_K[:, None] + tl.cumsum(hits_KN, axis=1) - 1
+    tl.store(pairs_ptr + place_KN, n[None, :] * TOP_K + k[:, None], mask=hits_KN != 0)
+    return tl.sum(hits_KN, axis=1)
+
+
 @triton.jit(do_not_specialize=["num_tokens", "steps", "shrink_tiles", "expand_tiles"])
 def place_pairs(
     ids_KN_ptr,
@@ -144,8 +187,12 @@ def place_pairs(
     BLOCK_T: tl.constexpr,
     SHRINK_ROWS: tl.constexpr,
     EXPAND_ROWS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
-    """pairs_GM of one expert; its tiles of all pairs (G, 3, T) and of each slot's (G, K, 3, T)."""
+    """pairs_GM of one expert; its tiles of all pairs (G, 3, T) and of each slot's (G, K, 3, T).
+
+    AT_ONCE: in one step, so that ids are read once.
+    """
     e = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
     ids_KN_ptr += g * TOP_K * stride_k
@@ -155,34 +202,34 @@ def place_pairs(
     k = tl.arange(0, K_PAD)
     local = tl.arange(0, BLOCK_N)
 
-    # one sum for both counts: it waits for all threads
-    counts_KN = tl.zeros([K_PAD, BLOCK_N], tl.int64)
-    step = 0
-    while step < steps:
-        n = step * BLOCK_N + local
-        ids_KN = load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K)
-        counts_KN += (ids_KN < e).to(tl.int64) + ((ids_KN == e).to(tl.int64) << 32)
-        step += 1
+    ids_KN = load_ids(ids_KN_ptr, k, local, num_tokens, stride_k, TOP_K)
+    counts_KN = counts_of(ids_KN, e)
+    if not AT_ONCE:
+        step = 1
+        while step < steps:
+            n = step * BLOCK_N + local
+            counts_KN += counts_of(load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K), e)
+            step += 1
     counts_K = tl.sum(counts_KN, axis=1)
     lower_K = (counts_K & 0xFFFFFFFF).to(tl.int32)
     own_K = (counts_K >> 32).to(tl.int32)
     begin = tl.sum(lower_K, axis=0)
-    next_K = begin + tl.cumsum(own_K, axis=0) - own_K
+    first_K = begin + tl.cumsum(own_K, axis=0) - own_K
+
+    if AT_ONCE:
+        write_pairs(pairs_ptr, ids_KN, e, k, local, first_K, TOP_K)
+    else:
+        next_K = first_K
+        step = 0
+        while step < steps:
+            n = step * BLOCK_N + local
+            ids_KN = load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K)
+            next_K += write_pairs(pairs_ptr, ids_KN, e, k, n, next_K, TOP_K)
+            step += 1
 
     write_tiles(shrink_ptr, e, begin, begin, tl.sum(own_K, axis=0), shrink_tiles, SHRINK_ROWS, BLOCK_T)
     for slot in tl.static_range(TOP_K):
         lower = tl.sum(tl.where(k == slot, lower_K, 0), axis=0)
-        first = tl.sum(tl.where(k == slot, next_K, 0), axis=0)
+        first = tl.sum(tl.where(k == slot, first_K, 0), axis=0)
         own = tl.sum(tl.where(k == slot, own_K, 0), axis=0)
         write_tiles(expand_ptr + slot * 3 * expand_tiles, e, lower, first, own, expand_tiles, EXPAND_ROWS, BLOCK_T)
-
-    step = 0
-    while step < steps:
-        n = step * BLOCK_N + local
-        ids_KN = load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K)
-        hits_KN = (ids_KN == e).to(tl.int32)
-        place_KN = next_K[:, None] + tl.cumsum(hits_KN, axis=1) - hits_KN
-        pair_KN = n[None, :] * TOP_K + k[:, None]
-        tl.store(pairs_ptr + place_KN, pair_KN, mask=hits_KN != 0)
-        next_K += tl.sum(hits_KN, axis=1)
-        step += 1
