@@ -36,8 +36,14 @@ def test_compiles_for_hopper() -> None:
         PROGRAM,
         str(BENCHMARKS),
         json.dumps(
-            [(1, 166, False, 1), (32, 166, False, 1), (2, 166, False, 3)]
-            + [(4096, 36, False, 1), (4096, 166, False, 1), (4096, 166, False, 3)]
+            [
+                (1, 166, False, 1),
+                (32, 166, False, 1),
+                (2, 166, False, 3),
+                (4096, 36, False, 1),
+                (4096, 166, False, 1),
+                (4096, 166, False, 3),
+            ]
         ),
     ]
     lines = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()

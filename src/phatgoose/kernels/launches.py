@@ -11,7 +11,6 @@ M = N * K pairs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,7 +59,6 @@ def score(
     questions: Sequence[Question],
     settings: Scores,
     pdl: bool,
-    stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dots_GSNE, with rows of `rows_for` numbers, and stats_SN2), fp32, for the questions of up to three layers."""
     (num_tokens, in_features), (num_halves, stride_e, _) = x_NI.shape, questions[0].halves_HPI.shape
@@ -72,26 +70,25 @@ def score(
         triton.cdiv(num_experts, settings.block_e) * len(questions) + 1,
         settings.splits,
     )
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        partial_scores[grid](
-            x_NI,
-            *three([question.halves_HPI for question in questions]),
-            dots_GSNE,
-            stats_SN2,
-            num_tokens,
-            num_experts,
-            in_features,
-            x_NI.stride(0),
-            stride_e,
-            LAYERS=len(questions),
-            BLOCK_N=settings.block_n,
-            BLOCK_E=settings.block_e,
-            BLOCK_I=settings.block_i,
-            STEPS=steps_of(in_features, settings.block_i, settings.splits),
-            HAS_LO=num_halves == 2,
-            UPCAST=not x_NI.is_cuda,
-            **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
-        )
+    partial_scores[grid](
+        x_NI,
+        *three([question.halves_HPI for question in questions]),
+        dots_GSNE,
+        stats_SN2,
+        num_tokens,
+        num_experts,
+        in_features,
+        x_NI.stride(0),
+        stride_e,
+        LAYERS=len(questions),
+        BLOCK_N=settings.block_n,
+        BLOCK_E=settings.block_e,
+        BLOCK_I=settings.block_i,
+        STEPS=steps_of(in_features, settings.block_i, settings.splits),
+        HAS_LO=num_halves == 2,
+        UPCAST=not x_NI.is_cuda,
+        **options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
+    )
     return dots_GSNE, stats_SN2
 
 
@@ -100,23 +97,19 @@ def shrink(
     factors: Sequence[torch.Tensor],
     routings: Sequence[Question] | Sequence[Choice],
     settings: Few,
-    scored: tuple[torch.Tensor, torch.Tensor] | None = None,
-    stream: torch.cuda.Stream | None = None,
 ) -> tuple[torch.Tensor, Choice]:
     """(h_GSNKR, fp32, times the routing weights; the choice, with an axis G in front). Few tokens.
 
     Args:
         factors: a_ERI of up to three layers.
         routings: of each; questions are answered first. Choices are those of one layer.
-        scored: what `score` found for the questions; asked for if None.
-        stream: where kernels run, if not on the current stream, whose memory they use all the same.
     """
     (num_tokens, in_features), (num_experts, rank, _) = x_NI.shape, factors[0].shape
     pdl = settings.pdl and x_NI.is_cuda
     first = routings[0]
     if isinstance(first, Question):
         questions: Sequence[Question] = routings  # type: ignore[assignment]
-        dots_GSNE, stats_SN2 = scored or score(x_NI, questions, settings.scores, pdl, stream)
+        dots_GSNE, stats_SN2 = score(x_NI, questions, settings.scores, pdl)
         choice = empty_choice(x_NI, len(questions), first.top_k)
         read = (dots_GSNE, stats_SN2, *per_layer(questions))
         splits, eps, temperature, has_bias = (
@@ -133,35 +126,34 @@ def shrink(
     k_pad, r_pad = power_of_two(top_k), power_of_two(rank)
     block_i = max(16, min(settings.shrink_block_i, SHRINK_TILE * settings.shrink_warps // (k_pad * r_pad)))
     h_GSNKR = x_NI.new_empty(len(factors), settings.shrink_splits, num_tokens, top_k, rank, dtype=torch.float32)
-    with torch.cuda.stream(stream) if stream else nullcontext():
-        shrink_few[(num_tokens, settings.shrink_splits, len(factors))](
-            x_NI,
-            *read,
-            *three(factors),
-            choice.weights_NK,
-            choice.expert_ids_NK,
-            h_GSNKR,
-            num_tokens,
-            num_experts,
-            in_features,
-            rank,
-            x_NI.stride(0),
-            rows_for(num_experts),
-            bias_stride(first),
-            eps,
-            temperature,
-            LAYERS=len(factors),
-            SPLITS=splits,
-            E_PAD=power_of_two(num_experts),
-            TOP_K=top_k,
-            K_PAD=k_pad,
-            R_PAD=r_pad,
-            BLOCK_I=block_i,
-            STEPS=steps_of(in_features, block_i, settings.shrink_splits),
-            HAS_BIAS=has_bias,
-            ROUTE=isinstance(first, Question),
-            **options(pdl, settings.shrink_warps),
-        )
+    shrink_few[(num_tokens, settings.shrink_splits, len(factors))](
+        x_NI,
+        *read,
+        *three(factors),
+        choice.weights_NK,
+        choice.expert_ids_NK,
+        h_GSNKR,
+        num_tokens,
+        num_experts,
+        in_features,
+        rank,
+        x_NI.stride(0),
+        rows_for(num_experts),
+        bias_stride(first),
+        eps,
+        temperature,
+        LAYERS=len(factors),
+        SPLITS=splits,
+        E_PAD=power_of_two(num_experts),
+        TOP_K=top_k,
+        K_PAD=k_pad,
+        R_PAD=r_pad,
+        BLOCK_I=block_i,
+        STEPS=steps_of(in_features, block_i, settings.shrink_splits),
+        HAS_BIAS=has_bias,
+        ROUTE=isinstance(first, Question),
+        **options(pdl, settings.shrink_warps),
+    )
     return h_GSNKR, choice
 
 
@@ -247,24 +239,42 @@ def linears_and_add(
 ) -> tuple[list[torch.Tensor], Choice]:
     """(the outputs of up to three layers of one x, the choices with an axis G in front), for few tokens.
 
-    Routing and A run at the same time as the base layers, on another stream (in a captured graph: another branch).
-    All memory is this stream's: the other one waits for it first, and it for the other one before anything that the
-    other one uses is freed. So the scores are held here.
+    The base layers run at the same time as routing and A, on another stream (in a captured graph: another branch). With
+    `pdl` they are launched first, and with priority: they read the most, and what they leave of a GPU is enough for the
+    rest. Without it that would be slower (docs/performance.md).
+    All memory is this stream's: the other one waits for it first, and it for the other one before B.
 
     Args:
         bases: weight_OI and bias_O of each layer.
         downs, ups, questions: see `add_few_shared`.
     """
     main = torch.cuda.current_stream(x_NI.device)
-    stream = torch.cuda.Stream(x_NI.device)
+    stream = torch.cuda.Stream(x_NI.device, priority=-1 if settings.pdl else 0)
     stream.wait_stream(main)
-    scored = score(x_NI, questions, settings.scores, settings.pdl, stream)
-    h_GSNKR, choice = shrink(x_NI, downs, questions, settings, scored, stream)
-    outputs = [torch.nn.functional.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in bases]
+    outputs = [x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0]) for weight_OI, _ in bases]
+    if settings.pdl:
+        _linears(outputs, x_NI, bases, stream)
+    h_GSNKR, choice = shrink(x_NI, downs, questions, settings)
+    if not settings.pdl:
+        _linears(outputs, x_NI, bases, stream)
     main.wait_stream(stream)
-    del scored
     expand(outputs, h_GSNKR, ups, choice.expert_ids_NK, settings)
     return outputs, choice
+
+
+def _linears(
+    outputs: Sequence[torch.Tensor],
+    x_NI: torch.Tensor,
+    bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    stream: torch.cuda.Stream,
+) -> None:
+    """Write the outputs of layers with these weight_OI and bias_O, on a stream."""
+    with torch.cuda.stream(stream):
+        for y_NO, (weight_OI, bias_O) in zip(outputs, bases, strict=True):
+            if bias_O is None:
+                torch.mm(x_NI, weight_OI.T, out=y_NO)
+            else:
+                torch.addmm(bias_O, x_NI, weight_OI.T, out=y_NO)
 
 
 def empty_choice(x_NI: torch.Tensor, layers: int, top_k: int) -> Choice:

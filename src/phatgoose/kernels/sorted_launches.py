@@ -118,7 +118,7 @@ class Unweighted(NamedTuple):
 def _choose(
     x_NI: torch.Tensor, routings: Sequence[Question] | Sequence[Choice], settings: Many
 ) -> tuple[Choice, torch.Tensor, Unweighted | None]:
-    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`; what weights wait for, if they do)."""
+    """(the choices, with an axis G in front; the expert ids again, as `narrow_ids`; what weights still need)."""
     first = routings[0]
     if isinstance(first, Choice):
         choice = Choice(first.weights_NK.unsqueeze(0), first.expert_ids_NK.unsqueeze(0))
