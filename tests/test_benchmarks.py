@@ -194,3 +194,13 @@ def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None
 
 def with_factors(site: Any, b_ERO: torch.Tensor) -> Any:
     return dataclasses.replace(site, stack=dataclasses.replace(site.stack, b_ERO=b_ERO))
+
+
+def test_bandwidth(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import bandwidth
+
+    for _ in range(2):  # the second run's row replaces the first's
+        bandwidth.main(["--gb", "0.01", "--rounds", "1", "--out", str(tmp_path / "bandwidth.csv")])
+    (row,) = read(tmp_path / "bandwidth.csv")
+    assert int(row["threads"]) == torch.get_num_threads() and float(row["gb_a_second"]) > 0
