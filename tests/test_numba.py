@@ -83,9 +83,9 @@ for number in (1, 2):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("outputs", [30, 300])
+@pytest.mark.parametrize("outputs", [30, 1100])
 def test_threads_share_the_output_by_columns_and_tokens(outputs: int, threads: int) -> None:
-    """30 columns are too few to be shared, of 300 each of two threads has 150; rank 13 is 8 and a rest."""
+    """30 columns are too few to be shared, of 1,100 each of two threads has 550; rank 13 is 8 and a rest."""
     x_NI, a_ERI = layer(2, rank=13)[:2]
     b_ERO = torch.randn(EXPERTS, 13, outputs)
     weights_NK, ids_NK = torch.rand(TOKENS, 2), torch.rand(TOKENS, EXPERTS).topk(2).indices

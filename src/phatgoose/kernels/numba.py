@@ -30,8 +30,8 @@ Array: TypeAlias = np.ndarray[Any, Any]
 
 # sums may be split over vector lanes; infinities and NaN keep their meaning
 _FASTMATH = {"reassoc", "contract"}
-# columns of y that a thread should have for itself
-_LEAST_COLUMNS = 64
+# columns of y that a thread should have for itself; where there are fewer, threads take tokens, and each reads all of B
+_LEAST_COLUMNS = 512
 
 
 def mix_loras(
