@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 # (token, slot) pairs up to which every pair reads its factors by itself
 MOST_PAIRS_UNSORTED = 128
-# whether few tokens' routing and A run beside the base layer, on another stream (docs/performance.md)
+# whether the base layer of few tokens runs beside routing and A, on a stream of its own (docs/performance.md)
 BASE_BESIDE = True
 # whether many tokens' updates come before the base layer, which then adds itself
 BASE_AFTER = True
