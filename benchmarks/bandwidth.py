@@ -2,7 +2,7 @@
 
     python benchmarks/bandwidth.py --out benchmarks/rows/bandwidth.csv
 
-Over it, a prefill's `experts_gb` (rows of `model.py`) is the least time that factors of all experts take.
+`experts_gb` of a prefill (rows of `model.py`) divided by it is the least time that reading gates and factors takes.
 Rows replace those of the same device and threads.
 """
 

@@ -324,7 +324,8 @@ QKV, PAIR = (80, 24, 150), (140, 40)
 )
 def test_layers_that_share_launches(kernel: str, tokens: int, outputs: tuple[int, ...], dtype: torch.dtype) -> None:
     """What each gets alone, with a bias of its own; beside y nothing is written."""
-    shape = MIDDLE._replace(tokens=tokens, experts=18, inputs=300)
+    # enough features for two splits of A
+    shape = MIDDLE._replace(tokens=tokens, experts=18, inputs=520 if kernel == "few" else 300)
     layers = [make_layer(shape._replace(outputs=o), dtype) for o in outputs]
     x_NI = layers[0].x_NI
     layers = [layer._replace(x_NI=x_NI) for layer in layers]
@@ -339,6 +340,7 @@ def test_layers_that_share_launches(kernel: str, tokens: int, outputs: tuple[int
         settings.many(tokens, 2, shape.experts, shape.inputs, len(layers)),
     )
     rows = {"shrink_splits": 1, "shrink_rows": 64} if kernel == "late" else {"shrink_rows": 16}
+    assert (few if kernel == "few" else many).shrink_splits > 1
     chosen = few if kernel == "few" else dataclasses.replace(many, cublas=kernel in ("cublas", "late"), **rows)
     wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
     ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]

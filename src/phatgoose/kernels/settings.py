@@ -27,8 +27,8 @@ MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 PROGRAMS = 132
 # products of scores (tokens x experts x features) from which on cuBLAS is faster
 LEAST_PRODUCTS_CUBLAS = 1 << 31
-# and where x is then read once more for its sums: numbers of x up to which that is cheap (half of an H100's L2 cache),
-# and experts (x layers) from which on it is always worth it
+# and where x is then read once more for its sums: numbers of x up to which that is cheap (two thirds of an H100's L2
+# cache), and experts (x layers) from which on it is always worth it
 MOST_NUMBERS_REREAD, LEAST_EXPERTS_REREAD = 1 << 24, 512
 # few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
