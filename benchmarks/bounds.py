@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from phatgoose.routed_linear import RoutedLinear
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.trace import SiteRecord
+from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.trace import SiteRecord
 
 Call = Callable[[], Any]
 

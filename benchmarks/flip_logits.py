@@ -17,11 +17,11 @@ from typing import NamedTuple
 import torch
 from measuring import write_rows
 
-from phatgoose.base import load_base, load_tokenizer
+from phatgoose.experts.pool import Pool
 from phatgoose.kernels.prototypes import split
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
+from phatgoose.models.base import load_base, load_tokenizer
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routing.model import RoutedModel
 
 ROOT = Path(__file__).parent.parent
 TEXTS = ("docs/routers.md", "docs/analysis.md", "docs/architecture.md", "README.md", "CONTRIBUTING.md")

@@ -21,11 +21,11 @@ from peer_layers import Layer, add, arrow, loop, with_adapters
 from torch import nn
 
 from phatgoose.config import RouterConfig
+from phatgoose.experts.stack import SiteStack
 from phatgoose.kernels import mix_loras
-from phatgoose.routed_linear import RoutedLinear
-from phatgoose.routers import Router
+from phatgoose.routers.base import Router
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
+from phatgoose.routing.linear import RoutedLinear
 
 RANK, TOP_K = 16, 2
 

@@ -48,14 +48,14 @@ from transformers import EncoderDecoderCache, LlamaConfig, LlamaForCausalLM, Sta
 from transformers import T5ForConditionalGeneration as T5
 from transformers.modeling_outputs import BaseModelOutput
 
-from phatgoose.base import DTYPES
 from phatgoose.config import RouterConfig
+from phatgoose.experts.stack import SiteStack
 from phatgoose.kernels import BACKENDS, settings
-from phatgoose.routed_linear import RoutedLinear
+from phatgoose.models.base import DTYPES
+from phatgoose.models.wrapped import WrappedLinear
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.shared_input import share_inputs
-from phatgoose.stack import SiteStack
-from phatgoose.wrapped import WrappedLinear
+from phatgoose.routing.fused import share_inputs
+from phatgoose.routing.linear import RoutedLinear
 
 Call = Callable[[], torch.Tensor]
 WHAT = ("decode", "prefill", "generate")

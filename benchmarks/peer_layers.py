@@ -19,8 +19,8 @@ from peft.tuners.xlora.layer import XLoraLinearLayer
 from torch import nn
 from torch.nn import functional as F
 
-from phatgoose.routers import Router
-from phatgoose.stack import SiteStack
+from phatgoose.experts.stack import SiteStack
+from phatgoose.routers.base import Router
 
 Layer = Callable[[torch.Tensor], torch.Tensor]
 

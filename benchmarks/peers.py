@@ -40,12 +40,12 @@ from replays import Call, graph, in_turn, median_seconds
 from torch import nn
 
 from phatgoose.config import RouterConfig
+from phatgoose.experts.stack import SiteStack
 from phatgoose.kernels import BACKENDS, Backend, load
-from phatgoose.routed_linear import RoutedLinear
-from phatgoose.routers import Routing
+from phatgoose.kernels.types import Routing
 from phatgoose.routers.arrow import ArrowPeft
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
+from phatgoose.routing.linear import RoutedLinear
 
 RANK, TOP_K = 16, 2
 SHAPES = ["4096x4096", "2048x2048", "2048x5120", "4096x14336"]

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
-from phatgoose.figure_style import COLOURS, DASHES, MARKERS, STYLE, WIDTH
+from phatgoose.analysis.style import COLOURS, DASHES, MARKERS, STYLE, WIDTH
 from phatgoose.kernels import settings
 
 TOP_K = 2

@@ -31,15 +31,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, ProgressCallback, TrainerCallback
 
-from phatgoose.base import DTYPES
-from phatgoose.batched import BatchedLora, BatchedModel, needs_mask
-from phatgoose.batches import GroupData
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, TextConfig
-from phatgoose.data import Encoder, Example
-from phatgoose.expert_matrix import ExpertMatrix
-from phatgoose.group_trainer import GroupTrainer
-from phatgoose.lora import initial_factors, lora_layers, new_lora
-from phatgoose.trainer import make_trainer
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
+from phatgoose.models.base import DTYPES
+from phatgoose.training.group.data import GroupData
+from phatgoose.training.group.matrix import ExpertMatrix
+from phatgoose.training.group.model import BatchedLora, BatchedModel, needs_mask
+from phatgoose.training.group.trainer import GroupTrainer
+from phatgoose.training.lora import initial_factors, lora_layers, new_lora
+from phatgoose.training.trainer import make_trainer
 
 Measured = tuple[float, float]  # seconds of a step, and the first expert's loss in the last one
 SHAPES = {

@@ -30,14 +30,15 @@ import torch
 from demo_pool import DATASETS
 from demo_variants import PLANS, Variant
 
-from phatgoose.base import load_base, load_tokenizer
 from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
-from phatgoose.data import IGNORED, Encoder, Example, read_examples
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
-from phatgoose.scoring import score
-from phatgoose.train import train_adapter, train_gate
+from phatgoose.data.encoder import IGNORED, Encoder
+from phatgoose.data.examples import Example, read_examples
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.inference.scoring import score
+from phatgoose.models.base import load_base, load_tokenizer
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.single import train_adapter, train_gate
 
 HOLDOUT = 0.2
 METHODS = ("base", "own expert", "top-1", "top-2")

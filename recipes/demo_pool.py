@@ -22,14 +22,15 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
-from phatgoose.base import load_base, load_tokenizer
 from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
-from phatgoose.data import Encoder, read_examples
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
-from phatgoose.scoring import Score, score
-from phatgoose.train import train_adapter, train_gate
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import read_examples
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.inference.scoring import Score, score
+from phatgoose.models.base import load_base, load_tokenizer
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.single import train_adapter, train_gate
 
 # One of each kind of task; none of them is marked non-commercial in the data's manifest.
 DATASETS = (

@@ -14,7 +14,7 @@ import pytest
 from conftest import GOLDEN, as_text, llama, make_adapter, make_base, make_data, make_expert, make_pool, t5
 
 from phatgoose.cli import main
-from phatgoose.pool import Pool
+from phatgoose.experts.pool import Pool
 
 CHECKPOINT = str(GOLDEN / "official_checkpoint.pt")
 PROMPT = as_text([5, 6, 7])

@@ -32,11 +32,11 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from phatgoose.adapter import WEIGHTS_FILE, Adapter
 from phatgoose.errors import PhatgooseError
+from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.vectors import GateProvenance, save_gate
 from phatgoose.files import sha256
-from phatgoose.gate import GateProvenance, save_gate
-from phatgoose.pool import Pool
 
 PAD, EOS = 0, 1
 VOCABULARY = 97

@@ -10,7 +10,7 @@ from typing import Any
 
 from conftest import as_text, llama, make_adapter, make_base, make_pool, token_ids
 
-from phatgoose.pool import Pool
+from phatgoose.experts.pool import Pool
 
 SEPARATOR = " <3> "
 ROWS = 14

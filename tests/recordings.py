@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from phatgoose.recording import RecordingFolder, RecordingHeader
-from phatgoose.task_routing import TaskRouting
+from phatgoose.analysis.recording import RecordingFolder, RecordingHeader
+from phatgoose.analysis.task_routing import TaskRouting
 
 EXPERTS = ("a", "b", "c", "d")
 # two layers of two kinds

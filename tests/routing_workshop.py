@@ -16,13 +16,12 @@ from conftest import (
 )
 from torch.nn import functional as F
 
-from phatgoose.activations import ACTIVATIONS, ActivationsProvenance
-from phatgoose.adapter import WEIGHTS_FILE, Adapter
-from phatgoose.embeddings import EmbeddingsProvenance, save_embeddings
+from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
+from phatgoose.experts.embeddings import ENCODER, EmbeddingsProvenance, save_embeddings
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
 from phatgoose.files import sha256
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
-from phatgoose.sentence_encoder import ENCODER
+from phatgoose.routing.model import RoutedModel
 
 
 def complete(folder: Path, seed: int) -> Path:

@@ -28,13 +28,13 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from phatgoose.adapter import Adapter
 from phatgoose.errors import AdapterError, GateError
-from phatgoose.expert import Expert
-from phatgoose.gate import load_gate, save_gate
-from phatgoose.gated import GatedModel
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
+from phatgoose.experts.adapter import Adapter
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.vectors import load_gate, save_gate
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.gated import GatedModel
 
 # Everything that LoraConfig says about scale, rank and targets
 VARIANTS: dict[str, dict[str, Any]] = {

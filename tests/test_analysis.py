@@ -14,8 +14,10 @@ from recordings import EXPERTS, SITES, make_recording, pool_of, task_routing
 from results_folders import add_row
 from scipy import stats
 
-from phatgoose.analysis import analyse
-from phatgoose.analysis_tables import (
+from phatgoose.analysis.oracle_distance import ALL, FLOOR
+from phatgoose.analysis.site_grid import SiteGrid
+from phatgoose.analysis.summary import analyse
+from phatgoose.analysis.tables import (
     correlations,
     distances,
     entropies,
@@ -26,11 +28,9 @@ from phatgoose.analysis_tables import (
     to_json,
 )
 from phatgoose.config import BootstrapConfig
-from phatgoose.correlation import correlate
 from phatgoose.errors import ResultsError
-from phatgoose.oracle_distance import ALL, FLOOR
-from phatgoose.results import read_results
-from phatgoose.site_grid import SiteGrid
+from phatgoose.results.correlation import correlate
+from phatgoose.results.rows import read_results
 
 FAST = BootstrapConfig(num_resamples=500)
 HELD_IN = {

@@ -14,9 +14,9 @@ from recordings import make_recording
 from test_analysis import TASKS
 from test_recording import recording
 
-from phatgoose.analysis import analyse
-from phatgoose.analysis_page import write_analysis_page
-from phatgoose.figures import draw, save
+from phatgoose.analysis.figures import draw, save
+from phatgoose.analysis.page import write_analysis_page
+from phatgoose.analysis.summary import analyse
 
 HOSTILE = "<script>document.title='owned'</script>"
 MANY = tuple(f"expert_number_{i}" for i in range(36))

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from phatgoose import errors
-from phatgoose.base import load_base
 from phatgoose.cli import app
-from phatgoose.convert import import_official
-from phatgoose.data import read_examples
+from phatgoose.data.examples import read_examples
 from phatgoose.errors import PhatgooseError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.official import import_official
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import load_base
+from phatgoose.routing.model import RoutedModel
 
 
 def edit_config(folder: Path, **changes: object) -> None:

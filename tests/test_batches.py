@@ -10,13 +10,15 @@ import pytest
 import torch
 from conftest import MODELS, as_text, fails, llama, make_tokenizer, t5, token_ids
 
-from phatgoose.batched import needs_mask
-from phatgoose.batches import Batch, GroupData, assemble, encode_rows
 from phatgoose.config import BatchingConfig, GateConfig, TextConfig
-from phatgoose.data import IGNORED, Encoder, Example
+from phatgoose.data.encoder import IGNORED, Encoder
+from phatgoose.data.examples import Example
 from phatgoose.errors import ConfigError
-from phatgoose.trainer import make_trainer
-from phatgoose.training_groups import TrainingJob, check_names, read_jobs, training_groups
+from phatgoose.training.group.data import Batch, GroupData, assemble, encode_rows
+from phatgoose.training.group.jobs import TrainingJob, check_names, read_jobs
+from phatgoose.training.group.model import needs_mask
+from phatgoose.training.group.plan import training_groups
+from phatgoose.training.trainer import make_trainer
 
 
 def make_examples(number: int, seed: int, longest: int = 9) -> list[Example]:

@@ -11,9 +11,9 @@ import math
 import numpy as np
 import pytest
 
-from phatgoose.bootstrap import Interval, draw_averages, over_tasks, percentiles
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ConfigError
+from phatgoose.results.bootstrap import Interval, draw_averages, over_tasks, percentiles
 
 CONFIG = BootstrapConfig(num_resamples=20_000)
 # How far a standard deviation of D draws may be off: four of its own standard errors, 1 / sqrt(2 D).

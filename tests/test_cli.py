@@ -16,11 +16,11 @@ from cli_workshop import CHECKPOINT, PROMPT, SHORT, Result, make_workshop, run, 
 from conftest import GOLDEN, files_of, make_data, make_pool, t5
 
 import phatgoose
-from phatgoose.adapter import WEIGHTS_FILE
 from phatgoose.cli import app
-from phatgoose.convert import import_official
+from phatgoose.experts.adapter import WEIGHTS_FILE
+from phatgoose.experts.official import import_official
+from phatgoose.experts.pool import Pool
 from phatgoose.files import sha256
-from phatgoose.pool import Pool
 
 
 def process(*command: object) -> Result:
@@ -251,7 +251,7 @@ def test_import_official(here: Path) -> None:
 
 def test_a_failed_import_leaves_nothing(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A full disk at the last expert."""
-    from phatgoose import base
+    from phatgoose.models import base
 
     add, model = Pool.add, base.empty_base(str(GOLDEN / "base"))
     before = files_of(here)

@@ -13,7 +13,7 @@ from conftest import GOLDEN, files_of
 from safetensors.torch import load_file, save_file
 
 from phatgoose.cli import main
-from phatgoose.pool import Pool
+from phatgoose.experts.pool import Pool
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,13 @@ import pytest
 from conftest import fails
 from results_folders import add_row
 
-from phatgoose.bootstrap import Interval
-from phatgoose.comparison import compare
-from phatgoose.comparison_tables import all_tables, limits, markdown, percent
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ResultsError
-from phatgoose.results import read_results
+from phatgoose.report.tables import percent
+from phatgoose.results.bootstrap import Interval
+from phatgoose.results.comparison import compare
+from phatgoose.results.rows import read_results
+from phatgoose.results.tables import all_tables, limits, markdown
 
 CONFIG = BootstrapConfig(num_resamples=4000)
 

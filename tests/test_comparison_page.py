@@ -11,10 +11,10 @@ import pytest
 from conftest import contrast
 from results_folders import add_row
 
-from phatgoose.comparison import compare
-from phatgoose.comparison_page import APART, Axis, _spread, write_comparison_page
 from phatgoose.config import BootstrapConfig
-from phatgoose.results import read_results
+from phatgoose.results.comparison import compare
+from phatgoose.results.page import APART, Axis, _spread, write_comparison_page
+from phatgoose.results.rows import read_results
 
 HOSTILE = "</td><script>document.title='owned'</script><b>"
 LONG = "a_method_with_a_name_that_is_longer_than_any_router_has top_k=1"

@@ -14,7 +14,8 @@ from conftest import EOS, MODELS, PAD, as_text, fails, llama, make_tokenizer, t5
 from tokenizers.processors import TemplateProcessing
 
 from phatgoose.config import TextConfig
-from phatgoose.data import IGNORED, Encoder, Example, fingerprint, read_examples
+from phatgoose.data.encoder import IGNORED, Encoder
+from phatgoose.data.examples import Example, fingerprint, read_examples
 from phatgoose.errors import DataError
 
 ROWS = [

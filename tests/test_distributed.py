@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from conftest import as_text, assert_close, fill_pool, llama, make_adapter, make_tokenizer, token_ids
 
-from phatgoose.pool import Pool
+from phatgoose.experts.pool import Pool
 
 
 def run(*command: str) -> None:

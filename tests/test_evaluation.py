@@ -21,18 +21,18 @@ from lm_eval import evaluator
 from peft import PeftModel
 
 from phatgoose.config import EvaluationConfig, GenerationConfig, TextConfig
-from phatgoose.data import Encoder
-from phatgoose.evaluation import evaluate, plan
-from phatgoose.generation import answer
-from phatgoose.harness import RoutedLM
-from phatgoose.methods import parse_methods
-from phatgoose.pool import Pool
-from phatgoose.results import read_results
-from phatgoose.results_folder import ResultsFolder
-from phatgoose.routed import RoutedModel
-from phatgoose.routed_linear import RoutedLinear
-from phatgoose.suites import load_tasks
-from phatgoose.suites.metrics import rouge_l
+from phatgoose.data.encoder import Encoder
+from phatgoose.evaluation.grid import evaluate, plan
+from phatgoose.evaluation.harness import RoutedLM
+from phatgoose.evaluation.methods import parse_methods
+from phatgoose.evaluation.suites import load_tasks
+from phatgoose.evaluation.suites.metrics import rouge_l
+from phatgoose.experts.pool import Pool
+from phatgoose.inference.generation import answer
+from phatgoose.results.rows import read_results
+from phatgoose.results.writer import ResultsFolder
+from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.model import RoutedModel
 
 LONG = 80  # rows that take long enough to be killed in between
 

@@ -10,8 +10,8 @@ from cli_workshop import run, succeed
 from conftest import files_of, llama, make_pool
 from grid_workshop import grid, make_grid, rows_of
 
-from phatgoose.methods import parse_methods
-from phatgoose.pool import Pool
+from phatgoose.evaluation.methods import parse_methods
+from phatgoose.experts.pool import Pool
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from PIL import Image
 from recordings import EXPERTS, make_recording, task_routing
 from test_analysis import TASKS, evaluate
 
-from phatgoose.analysis import Analysis, analyse
+from phatgoose.analysis.figures import Plot, draw, remove_older, save
+from phatgoose.analysis.heatmap import Heatmap
+from phatgoose.analysis.summary import Analysis, analyse
 from phatgoose.config import BootstrapConfig
-from phatgoose.figures import Plot, draw, remove_older, save
-from phatgoose.heatmap import Heatmap
-from phatgoose.results import read_results
+from phatgoose.results.rows import read_results
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import torch
 from conftest import EOS, MODELS, as_text, make_pool, make_tokenizer, token_ids
 
 from phatgoose.config import GenerationConfig, TextConfig
-from phatgoose.data import Encoder
-from phatgoose.generation import answer, answers
-from phatgoose.routed import RoutedModel
+from phatgoose.data.encoder import Encoder
+from phatgoose.inference.generation import answer, answers
+from phatgoose.routing.model import RoutedModel
 
 LENGTH = 10
 PROMPTS = [as_text(token_ids(1 + i % 7, seed=i).tolist()) for i in range(24)]

@@ -16,18 +16,18 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from phatgoose.base import load_base
 from phatgoose.config import GateConfig
-from phatgoose.convert import import_official
-from phatgoose.data import Example
-from phatgoose.expert import Expert
-from phatgoose.gate import save_gate
-from phatgoose.gated import GatedModel
+from phatgoose.data.examples import Example
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.official import import_official
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.vectors import save_gate
 from phatgoose.kernels import BACKENDS
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
-from phatgoose.train import train_gate
-from phatgoose.trainer import target_loss
+from phatgoose.models.base import load_base
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.gated import GatedModel
+from phatgoose.training.single import train_gate
+from phatgoose.training.trainer import target_loss
 
 BASE = str(GOLDEN / "base")
 

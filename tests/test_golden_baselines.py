@@ -11,19 +11,20 @@ import torch
 from conftest import GOLDEN, PAD, as_text, assert_close, make_tokenizer
 from test_golden import BASE, base, by_site, golden, logits
 
-from phatgoose.activations import ACTIVATIONS, ActivationsProvenance
-from phatgoose.adapter import WEIGHTS_FILE
-from phatgoose.averaging import mean_activations
 from phatgoose.config import TextConfig
-from phatgoose.convert import import_official
-from phatgoose.data import Encoder, Example
-from phatgoose.expert import Expert
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
+from phatgoose.experts.adapter import WEIGHTS_FILE
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.official import import_official
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.site_names import INPUT, describe_site
+from phatgoose.experts.stack import stack_sites
+from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
 from phatgoose.files import sha256
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
 from phatgoose.routers.spectrum import spectrum
-from phatgoose.routing_table import INPUT, describe_site
-from phatgoose.stack import stack_sites
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.mean_activations import mean_activations
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ from conftest import assert_close, llama, make_expert, make_pool
 
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
-from phatgoose.expert import Expert
-from phatgoose.routed import RoutedModel
-from phatgoose.routed_linear import RoutedLinear
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.stack import SiteStack
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.shared_input import share_inputs
-from phatgoose.stack import SiteStack
+from phatgoose.routing.fused import share_inputs
+from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.model import RoutedModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 EXPERTS, RANK, INPUTS, OUTPUTS = 33, 16, 256, 320

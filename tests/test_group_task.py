@@ -18,9 +18,9 @@ from filelock import FileLock
 from phatgoose import __version__
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, TextConfig
 from phatgoose.errors import BaseModelError, ClusterError
-from phatgoose.expert import Expert
-from phatgoose.group_lock import group_lock
-from phatgoose.group_task import GroupTask, run_group
+from phatgoose.experts.expert import Expert
+from phatgoose.training.cluster.lock import group_lock
+from phatgoose.training.cluster.task import GroupTask, run_group
 
 HOLDER = """
 import sys, time

@@ -17,13 +17,14 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from phatgoose.config import TextConfig
-from phatgoose.data import Encoder, Example
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
-from phatgoose.generation import GenerationConfig, answer
-from phatgoose.harness import PoolLM, RoutedLM
-from phatgoose.routed import RoutedModel
-from phatgoose.scoring import score
-from phatgoose.suites import TASKS
+from phatgoose.evaluation.harness import PoolLM, RoutedLM
+from phatgoose.evaluation.suites import TASKS
+from phatgoose.inference.generation import GenerationConfig, answer
+from phatgoose.inference.scoring import score
+from phatgoose.routing.model import RoutedModel
 
 KINDS = ["llama", "t5"]
 TEXTS = [as_text(token_ids(1 + 2 * i, seed=i).tolist()) for i in range(9)]

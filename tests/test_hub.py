@@ -18,11 +18,11 @@ import pytest
 from conftest import files_of, llama, make_adapter, make_expert, make_pool
 from hub_server import HubServer, Repo
 
-from phatgoose import hub
 from phatgoose.config import RouterConfig
 from phatgoose.errors import AdapterError, HubError, PhatgooseError, PoolError, RouterError
-from phatgoose.manifest import Entry
-from phatgoose.pool import Pool
+from phatgoose.experts import publish as hub
+from phatgoose.experts.manifest import Entry
+from phatgoose.experts.pool import Pool
 from phatgoose.routers import check_pool
 
 TOKEN = "hf_test"

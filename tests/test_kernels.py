@@ -16,7 +16,7 @@ from conftest import llama, make_pool
 from phatgoose import kernels
 from phatgoose.errors import ConfigError
 from phatgoose.kernels import BACKENDS, choose, runs_numba
-from phatgoose.routed import RoutedModel
+from phatgoose.routing.model import RoutedModel
 
 IMPLEMENTED = [backend for backend in BACKENDS if backend != "auto"]
 # A half-precision backend rounds h, w * h and y once each; fp32 sums carry a rounding for each of their terms.

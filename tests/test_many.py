@@ -23,18 +23,18 @@ from conftest import (
 from safetensors.torch import load_file
 from test_batches import encoder_of, make_examples
 
-from phatgoose.batched import BatchedLora, BatchedModel, needs_mask
-from phatgoose.batches import GroupData
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig
 from phatgoose.errors import ConfigError
-from phatgoose.expert import Expert
-from phatgoose.expert_matrix import ExpertMatrix
-from phatgoose.group_trainer import GroupTrainer
-from phatgoose.lora import initial_factors, lora_layers, new_lora
-from phatgoose.many import train_adapters, train_gates
-from phatgoose.train import train_adapter, train_gate
-from phatgoose.trainer import make_trainer
-from phatgoose.training_groups import TrainingJob
+from phatgoose.experts.expert import Expert
+from phatgoose.training.group.data import GroupData
+from phatgoose.training.group.jobs import TrainingJob
+from phatgoose.training.group.matrix import ExpertMatrix
+from phatgoose.training.group.model import BatchedLora, BatchedModel, needs_mask
+from phatgoose.training.group.train import train_adapters, train_gates
+from phatgoose.training.group.trainer import GroupTrainer
+from phatgoose.training.lora import initial_factors, lora_layers, new_lora
+from phatgoose.training.single import train_adapter, train_gate
+from phatgoose.training.trainer import make_trainer
 
 LORA = AdapterTrainingConfig(steps=6, batch_size=4, accumulation=2, rank=3, alpha=6, save_steps=2)
 GATE = GateConfig(steps=6, batch_size=4, accumulation=2)

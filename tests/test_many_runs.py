@@ -21,13 +21,13 @@ from conftest import fails, files_of, llama, make_adapter, make_base, make_data,
 from safetensors.torch import load_file, save_file
 from test_many import GATE, LORA, make_jobs
 
-from phatgoose.batched import BatchedLora
 from phatgoose.config import BatchingConfig
 from phatgoose.errors import AdapterError, BaseModelError, ConfigError, GateError
-from phatgoose.expert import Expert
-from phatgoose.group_trainer import enough_memory
-from phatgoose.many import train_adapters, train_gates
-from phatgoose.pool import Pool
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.training.group.model import BatchedLora
+from phatgoose.training.group.train import train_adapters, train_gates
+from phatgoose.training.group.trainer import enough_memory
 
 CHILD = """
 import sys
@@ -163,7 +163,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("phatgoose.many.save_lora", full_disk)
+        patch.setattr("phatgoose.training.group.train.save_lora", full_disk)
         train()
     (checkpoint,) = tmp_path.glob("*.training/checkpoint.safetensors")
     whole = checkpoint.read_bytes()

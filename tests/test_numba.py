@@ -14,7 +14,7 @@ from conftest import assert_close, llama, make_pool, token_ids
 
 from phatgoose.kernels import numba, reference, settings
 from phatgoose.kernels.prototypes import split
-from phatgoose.routed import RoutedModel
+from phatgoose.routing.model import RoutedModel
 
 TOKENS, EXPERTS, INPUTS, OUTPUTS, EPS = 70, 21, 45, 30, 1e-5
 

@@ -11,12 +11,13 @@ from conftest import llama, make_pool, t5
 
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
+from phatgoose.experts.stack import SiteStack
 from phatgoose.kernels.prototypes import join, rows_of, split
-from phatgoose.routed import RoutedModel
-from phatgoose.routed_linear import RoutedLinear
-from phatgoose.routers import ROUTERS, Router, router_class
+from phatgoose.routers import ROUTERS, router_class
+from phatgoose.routers.base import Router
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
+from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.model import RoutedModel
 
 TOKENS, EXPERTS, RANK, INPUTS, OUTPUTS = 9, 5, 8, 24, 20
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import contrast
 
-from phatgoose.page import Sample, write_page
-from phatgoose.routers import Routing
-from phatgoose.routing_table import to_json
-from phatgoose.trace import Trace
+from phatgoose.analysis.prompt_page import Sample, write_page
+from phatgoose.analysis.prompt_table import to_json
+from phatgoose.kernels.types import Routing
+from phatgoose.routing.trace import Trace
 
 HOSTILE = "</script><b>not bold</b><img src=x onerror=\"document.title='owned'\">"
 TOKENS = ["What", " is", " </script>", "<b>", "\n", "\t", " ", "\u202e", "", "Paris", " is", " big", "<eos>"]

@@ -14,9 +14,9 @@ import pytest
 from results_folders import PAPER, add_paper_table
 from scipy import stats
 
-from phatgoose.comparison import compare
 from phatgoose.config import BootstrapConfig
-from phatgoose.results import read_results
+from phatgoose.results.comparison import compare
+from phatgoose.results.rows import read_results
 
 RESAMPLES = 20_000
 ROUNDING = 0.05  # of a number with one decimal

@@ -16,10 +16,10 @@ from conftest import assert_close, fails, files_of, llama, make_expert, make_gat
 from safetensors.torch import load_file
 
 from phatgoose.errors import PoolError
-from phatgoose.gate import GATE_FILE
-from phatgoose.manifest import MANIFEST_FILE, BaseId
-from phatgoose.pool import Pool, containing_pool
-from phatgoose.routed import RoutedModel
+from phatgoose.experts.manifest import MANIFEST_FILE, BaseId
+from phatgoose.experts.pool import Pool, containing_pool
+from phatgoose.experts.vectors import GATE_FILE
+from phatgoose.routing.model import RoutedModel
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # What a change does, one after the other; the process dies at one of these places.
 KILL = """
 import os, shutil, signal, sys
-from phatgoose import manifest, pool as module
+from phatgoose.experts import manifest, pool as module
 
 folder, expert, action, place = sys.argv[1:]
 
@@ -236,7 +236,7 @@ def test_failed_commit(pool: Pool, template: Path, monkeypatch: pytest.MonkeyPat
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.manifest.write_json", full_disk)
+        patch.setattr("phatgoose.experts.manifest.write_json", full_disk)
         with pytest.raises(OSError, match="No space left"):
             pool.add(template / "new")
     assert pool.names == Pool.open(pool.folder).names == ("e0", "e1", "e2")

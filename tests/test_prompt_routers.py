@@ -21,10 +21,9 @@ from routing_workshop import complete, logits, make_pool, routed
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from phatgoose.embeddings import EmbeddingsProvenance, save_embeddings
 from phatgoose.errors import ConfigError, RouterError
-from phatgoose.pool import Pool
-from phatgoose.sentence_encoder import ENCODER, SentenceEncoder
+from phatgoose.experts.embeddings import ENCODER, EmbeddingsProvenance, SentenceEncoder, save_embeddings
+from phatgoose.experts.pool import Pool
 
 SITE = "model.layers.1.mlp.down_proj"
 

@@ -25,17 +25,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from phatgoose.adapter import PREFIX
-from phatgoose.averaging import mean_activations, save_mean_activations
 from phatgoose.cli import app
 from phatgoose.config import TextConfig
-from phatgoose.data import Encoder, Example
-from phatgoose.embedding import save_example_embeddings
-from phatgoose.embeddings import load_embeddings
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
 from phatgoose.errors import PrototypeError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.sentence_encoder import ENCODER, SentenceEncoder
+from phatgoose.experts.adapter import PREFIX
+from phatgoose.experts.embeddings import ENCODER, SentenceEncoder, load_embeddings, save_example_embeddings
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.training.mean_activations import mean_activations, save_mean_activations
 
 EXAMPLES = [
     Example(input=as_text(token_ids(length, seed=i).tolist()), target=as_text(token_ids(1 + i, seed=50 + i).tolist()))
@@ -96,7 +95,7 @@ def test_mean_activations_on_disk(tmp_path: Path) -> None:
 def test_embeddings(tmp_path: Path) -> None:
     expert = Expert(make_adapter(llama, tmp_path / "e0"))
     texts = ["the cat sat on the mat", "stocks fell on Monday", "what is the capital of Peru?"]
-    found_MD = save_example_embeddings(expert, [Example(input=text, target="") for text in texts], seed=1)
+    found_MD = save_example_embeddings(expert.folder, [Example(input=text, target="") for text in texts], seed=1)
     assert found_MD.shape == (3, 384)
     torch.testing.assert_close(found_MD.norm(dim=1), torch.ones(3))
     assert torch.equal(load_embeddings(expert.folder, ENCODER), found_MD)
@@ -113,7 +112,7 @@ def test_embeddings(tmp_path: Path) -> None:
 def test_damaged_files_are_refused(file: str, tmp_path: Path) -> None:
     expert = Expert(make_adapter(llama, tmp_path / "e0"))
     save_mean_activations(llama(), make_tokenizer(), expert, EXAMPLES)
-    save_example_embeddings(expert, EXAMPLES)
+    save_example_embeddings(expert.folder, EXAMPLES)
     pool = fill_pool(tmp_path / "pool", "tiny-llama", [expert.folder])
     assert pool.check() == []
     assert {"activations.safetensors", "embeddings.safetensors"} <= pool.entry("e0").files.keys()
@@ -142,7 +141,7 @@ def test_activations_of_another_adapter_are_refused(tmp_path: Path) -> None:
 
 def test_embeddings_of_another_encoder_are_refused(tmp_path: Path) -> None:
     expert = Expert(make_adapter(llama, tmp_path / "e0"))
-    save_example_embeddings(expert, EXAMPLES)
+    save_example_embeddings(expert.folder, EXAMPLES)
     fails(PrototypeError, "another-encoder", ENCODER, action=lambda: load_embeddings(expert.folder, "another-encoder"))
 
 

@@ -26,13 +26,12 @@ from cli_workshop import run, succeed
 from conftest import fails, files_of, llama, make_base, make_data, make_tokenizer
 
 import phatgoose
-from phatgoose.base import load_base
-from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig
+from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, RayConfig
 from phatgoose.errors import AdapterError, ClusterError, ConfigError
-from phatgoose.many import train_adapters, train_gates
-from phatgoose.ray_config import RayConfig
-from phatgoose.ray_executor import train_on_ray
-from phatgoose.training_groups import read_jobs
+from phatgoose.models.base import load_base
+from phatgoose.training.cluster.executor import train_on_ray
+from phatgoose.training.group.jobs import read_jobs
+from phatgoose.training.group.train import train_adapters, train_gates
 
 LORA = AdapterTrainingConfig(steps=6, batch_size=4, rank=3, save_steps=2)
 LONG = replace(LORA, steps=150, batch_size=2, save_steps=10)
@@ -271,5 +270,10 @@ def test_a_machine_without_this_package(cluster: Any, tmp_path: Path, monkeypatc
     Path("other/phatgoose").mkdir(parents=True)
     Path("other/phatgoose/__init__.py").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "other"))
-    fails(ClusterError, "lacks a package", "phatgoose.group_task", action=lambda: on_ray(make_files(1), Path("out")))
+    fails(
+        ClusterError,
+        "lacks a package",
+        "phatgoose.training.cluster.task",
+        action=lambda: on_ray(make_files(1), Path("out")),
+    )
     assert not ray.is_initialized()

@@ -13,10 +13,10 @@ import pytest
 from conftest import fails, llama, make_adapter, make_base, make_data, make_expert
 from test_group_task import make_task
 
+from phatgoose.config import RayConfig
 from phatgoose.errors import ClusterError, ConfigError
-from phatgoose.ray_config import RayConfig
-from phatgoose.ray_executor import pending_groups, task_resources, train_on_ray
-from phatgoose.training_groups import read_jobs
+from phatgoose.training.cluster.executor import pending_groups, task_resources, train_on_ray
+from phatgoose.training.group.jobs import read_jobs
 
 
 def test_groups_that_are_still_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +58,6 @@ def test_what_a_task_takes() -> None:
 
 
 def test_ray_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phatgoose.ray_executor.find_spec", lambda name: None)
+    monkeypatch.setattr("phatgoose.training.cluster.executor.find_spec", lambda name: None)
     action = partial(train_on_ray, [tmp_path / "a.jsonl"], tmp_path / "out", "tiny-llama")
     fails(ConfigError, "need Ray", "pip install 'phatgoose[ray]'", action=action)

@@ -13,9 +13,9 @@ import pytest
 from conftest import as_text, llama, make_base, make_data, token_ids
 from grid_workshop import make_grid
 
-from phatgoose.adapter import WEIGHTS_FILE
-from phatgoose.pool import Pool
-from phatgoose.results import read_results
+from phatgoose.experts.adapter import WEIGHTS_FILE
+from phatgoose.experts.pool import Pool
+from phatgoose.results.rows import read_results
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = {"base", "own expert", "top-1", "top-2", "left out"}

@@ -13,12 +13,12 @@ from conftest import MODELS, fails, make_tokenizer
 from grid_workshop import SEPARATOR, held_in, words, write_rows
 from routing_workshop import make_pool, routed
 
+from phatgoose.analysis.recorder import TokenWeights, record_task
 from phatgoose.config import TextConfig
-from phatgoose.data import Encoder
+from phatgoose.data.encoder import Encoder
 from phatgoose.errors import BaseModelError
-from phatgoose.recorder import TokenWeights, record_task
-from phatgoose.routed import RoutedModel
-from phatgoose.suites.held_in import HeldInTask, held_in_tasks
+from phatgoose.evaluation.suites.held_in import HeldInTask, held_in_tasks
+from phatgoose.routing.model import RoutedModel
 
 TOKEN_LEVEL = ("phatgoose", "average-activation", "arrow", "arrow-peft", "spectr", "lag", "uniform", "merged")
 PROMPT_LEVEL = ("retrieval", "glider", "phatgoose-prior")
@@ -175,7 +175,7 @@ def test_a_site_that_no_token_passes_is_not_zero(tmp_path: Path) -> None:
 
 def test_activations_that_are_not_the_tokens(tmp_path: Path) -> None:
     model = routed(MODELS["llama"](), make_pool("llama", tmp_path))
-    from phatgoose.recorder import SiteUsage
+    from phatgoose.analysis.recorder import SiteUsage
 
     site, linear = next(iter(model.routed_linears().items()))
     tokens = TokenWeights()

@@ -14,9 +14,9 @@ from filelock import FileLock
 from grid_workshop import SEPARATOR, choosing, make_grid, write_rows
 from safetensors import safe_open
 
-from phatgoose import recorder
+from phatgoose.analysis import recorder
+from phatgoose.analysis.recording import read_recording
 from phatgoose.errors import ResultsError
-from phatgoose.recording import read_recording
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from conftest import fails, files_of
 from results_folders import add_row
 
 from phatgoose.errors import ResultsError
-from phatgoose.results import read_results
+from phatgoose.results.rows import read_results
 
 
 def make(folder, methods=("phatgoose", "arrow"), tasks=("rte", "cb"), **changes):

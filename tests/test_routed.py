@@ -25,8 +25,8 @@ from conftest import (
 )
 from safetensors.torch import load_file, save_file
 
-from phatgoose.pool import Pool
-from phatgoose.routed import RoutedModel
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.model import RoutedModel
 
 KINDS = list(MODELS)
 
@@ -289,7 +289,7 @@ def wide_llama() -> Any:
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_quantised_base(quantization: Any, tmp_path: Path) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-    from phatgoose.base import load_base
+    from phatgoose.models.base import load_base
 
     make_pool(wide_llama, tmp_path)
     pool = Pool.open(tmp_path / "pool")

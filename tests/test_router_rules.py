@@ -21,11 +21,11 @@ from routing_workshop import logits, make_pool, routed
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from phatgoose.adapter import WEIGHTS_FILE
 from phatgoose.errors import RouterError
-from phatgoose.pool import Pool
+from phatgoose.experts.adapter import WEIGHTS_FILE
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.stack import SiteStack, stack_sites
 from phatgoose.routers.spectrum import spectrum
-from phatgoose.stack import SiteStack, stack_sites
 
 
 def stack_of(pool: Pool, site: str) -> SiteStack:

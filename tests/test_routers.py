@@ -23,11 +23,11 @@ from routing_workshop import complete, logits, make_pool, routed
 
 from phatgoose.config import RouterConfig
 from phatgoose.errors import ConfigError, PoolError, RouterError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.stack import SiteStack
 from phatgoose.routers import ROUTERS, router_class
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
 
 # `single` routes among one expert, and has tests of its own
 AMONG_MANY = [name for name in ROUTERS if name != "single"]

@@ -9,13 +9,15 @@ import pytest
 import torch
 from conftest import as_text, make_pool, make_tokenizer, t5
 
+from phatgoose.analysis.prompt_page import routed_sample
+from phatgoose.analysis.prompt_table import layer_weights, to_json, token_shares
+from phatgoose.cli.demo import token_table
 from phatgoose.config import GenerationConfig, TextConfig
-from phatgoose.data import Encoder
-from phatgoose.demo import routed_sample, token_table
-from phatgoose.routed import RoutedModel
-from phatgoose.routers import Routing
-from phatgoose.routing_table import describe_site, layer_weights, to_json, token_shares
-from phatgoose.trace import Trace
+from phatgoose.data.encoder import Encoder
+from phatgoose.experts.site_names import describe_site
+from phatgoose.kernels.types import Routing
+from phatgoose.routing.model import RoutedModel
+from phatgoose.routing.trace import Trace
 
 EXPERTS = ("anna", "bert", "carl")
 DECODER_ONLY = [

@@ -11,10 +11,11 @@ import torch
 from conftest import MODELS, as_text, make_pool, make_tokenizer, token_ids
 
 from phatgoose.config import GenerationConfig, TextConfig
-from phatgoose.data import Encoder, Example
-from phatgoose.generation import answers
-from phatgoose.routed import RoutedModel
-from phatgoose.scoring import score, target_losses, target_scores
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
+from phatgoose.inference.generation import answers
+from phatgoose.inference.scoring import score, target_losses, target_scores
+from phatgoose.routing.model import RoutedModel
 
 KINDS = ["llama", "t5"]
 

@@ -13,9 +13,9 @@ from conftest import assert_close, llama, make_pool, t5, token_ids
 from phatgoose import kernels
 from phatgoose.kernels import settings
 from phatgoose.kernels.prototypes import split
-from phatgoose.routed import RoutedModel
-from phatgoose.routed_linear import RoutedLinear
-from phatgoose.shared_input import SharedInput, share_inputs
+from phatgoose.routing.fused import SharedInput, share_inputs
+from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.model import RoutedModel
 
 TOKENS, EXPERTS, RANK, INPUTS = 5, 7, 8, 24
 

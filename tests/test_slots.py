@@ -11,11 +11,11 @@ from conftest import assert_close, fails, files_of, llama, make_adapter, make_ex
 from routing_workshop import complete, logits, make_pool, routed
 from test_routers import AMONG_MANY
 
+from phatgoose.analysis.recorder import record_tasks
 from phatgoose.errors import ConfigError, GateError, PoolError, RouterError
-from phatgoose.expert import Expert
-from phatgoose.pool import Pool
-from phatgoose.recorder import record_tasks
-from phatgoose.routed import RoutedModel
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.routing.model import RoutedModel
 
 FEW_LAYERS = ["q_proj", "down_proj"]
 

@@ -16,12 +16,13 @@ from grid_workshop import write_rows
 from lm_eval.tasks import TaskManager
 
 from phatgoose.errors import DataError, SuiteError
-from phatgoose.pool import Pool
-from phatgoose.suites import SUITES, TASKS, load_tasks
-from phatgoose.suites.metrics import answer_score, rank_classification
-from phatgoose.suites.rendering import FOLDER, PromptTemplate, read_templates, render
-from phatgoose.suites.rows import Row, fingerprint, sample
-from phatgoose.suites.task import SuiteTask
+from phatgoose.evaluation.suites import TASKS, load_tasks
+from phatgoose.evaluation.suites.metrics import answer_score, rank_classification
+from phatgoose.evaluation.suites.rendering import FOLDER, PromptTemplate, read_templates, render
+from phatgoose.evaluation.suites.rows import Row, fingerprint, sample
+from phatgoose.evaluation.suites.task import SuiteTask
+from phatgoose.experts.pool import Pool
+from phatgoose.results.names import SUITES
 
 T0HO = ["anli_r1", "anli_r2", "anli_r3", "cb", "copa", "hellaswag", "rte", "wic", "winogrande", "wsc"]
 

@@ -31,14 +31,15 @@ from safetensors.torch import load_file
 
 import phatgoose
 from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
-from phatgoose.data import IGNORED, Encoder, Example, fingerprint
+from phatgoose.data.encoder import IGNORED, Encoder
+from phatgoose.data.examples import Example, fingerprint
 from phatgoose.errors import AdapterError, ConfigError
-from phatgoose.expert import Expert
+from phatgoose.experts.expert import Expert
 from phatgoose.files import sha256
-from phatgoose.gated import GatedModel
-from phatgoose.routed import RoutedModel
-from phatgoose.train import train_adapter, train_gate
-from phatgoose.trainer import target_loss
+from phatgoose.routing.model import RoutedModel
+from phatgoose.training.gated import GatedModel
+from phatgoose.training.single import train_adapter, train_gate
+from phatgoose.training.trainer import target_loss
 
 EXAMPLES = [
     Example(input=as_text(token_ids(5, seed=i).tolist()), target=as_text(token_ids(1 + i % 3, seed=100 + i).tolist()))
@@ -143,8 +144,8 @@ sys.path.insert(0, {tests!r})
 from pathlib import Path
 from conftest import llama, make_tokenizer
 from test_train import EXAMPLES, LONG, LONG_GATE
-from phatgoose.expert import Expert
-from phatgoose.train import train_adapter, train_gate
+from phatgoose.experts.expert import Expert
+from phatgoose.training.single import train_adapter, train_gate
 import torch
 torch.set_num_threads(1)
 if {what!r} == "adapter":
@@ -223,7 +224,7 @@ def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, mon
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.train.save_lora", full_disk)
+        patch.setattr("phatgoose.training.single.save_lora", full_disk)
         with pytest.raises(OSError, match="No space left"):
             train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "killed", config=SMALL)
     (checkpoint,) = (tmp_path / "killed.training").glob("checkpoint-6")
@@ -259,7 +260,10 @@ def test_a_run_that_could_not_save_its_result(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("phatgoose.train.save_lora" if what == "adapter" else "phatgoose.train.save_gate", full_disk)
+        patch.setattr(
+            "phatgoose.training.single.save_lora" if what == "adapter" else "phatgoose.training.single.save_gate",
+            full_disk,
+        )
         with pytest.raises(OSError, match="No space left"):
             train("late")
     assert not (tmp_path / "late" / "gate.safetensors").exists()

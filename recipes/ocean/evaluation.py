@@ -12,17 +12,17 @@ from grids import ALL, ROWS, Grid, todo
 from times import timed
 from training import TEXT, datasets
 
-from phatgoose.base import load_base, load_tokenizer, placement
+from phatgoose.analysis.recorder import record_tasks
 from phatgoose.config import EvaluationConfig, RecordingConfig
-from phatgoose.data import Encoder
-from phatgoose.evaluation import Cell, evaluate, plan, with_data
-from phatgoose.methods import MULTITASK, parse_methods
-from phatgoose.pool import Pool
-from phatgoose.recorder import record_tasks
-from phatgoose.results_folder import ResultsFolder
-from phatgoose.routed import RoutedModel
-from phatgoose.suites import load_tasks
-from phatgoose.suites.task import SuiteTask
+from phatgoose.data.encoder import Encoder
+from phatgoose.evaluation.grid import Cell, evaluate, plan, with_data
+from phatgoose.evaluation.methods import MULTITASK, parse_methods
+from phatgoose.evaluation.suites import load_tasks
+from phatgoose.evaluation.suites.task import SuiteTask
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import load_base, load_tokenizer, placement
+from phatgoose.results.writer import ResultsFolder
+from phatgoose.routing.model import RoutedModel
 
 RECORDED = ("phatgoose", "phatgoose-retrieval")
 

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from phatgoose.config import RouterConfig
-from phatgoose.methods import EXPERTS, MULTITASK
-from phatgoose.oracle import CHANCE, EXPERT, OWN
-from phatgoose.suites import HELD_IN, LEAVE_ONE_OUT
+from phatgoose.evaluation.methods import EXPERTS, MULTITASK
+from phatgoose.results.names import CHANCE, EXPERT, HELD_IN, LEAVE_ONE_OUT, OWN
 
 HELD_OUT = ("t0ho", "bbh")
 ALL = (*HELD_OUT, HELD_IN, LEAVE_ONE_OUT)

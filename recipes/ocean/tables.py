@@ -13,13 +13,13 @@ from pathlib import Path
 from evaluation import RECORDED
 from grids import GRIDS, SETTINGS
 
-from phatgoose.comparison import compare
-from phatgoose.comparison_page import write_comparison_page
-from phatgoose.comparison_tables import markdown
 from phatgoose.errors import ResultsError
-from phatgoose.methods import EXPERTS
-from phatgoose.oracle import is_expert
-from phatgoose.results import Result, read_results
+from phatgoose.evaluation.methods import EXPERTS
+from phatgoose.results.comparison import compare
+from phatgoose.results.names import is_expert
+from phatgoose.results.page import write_comparison_page
+from phatgoose.results.rows import Result, read_results
+from phatgoose.results.tables import markdown
 
 OURS = "phatgoose-retrieval"
 

@@ -15,17 +15,16 @@ from typing import Any
 from grids import GATES, JOINT
 from times import timed
 
-from phatgoose.adapter import CONFIG_FILE, WEIGHTS_FILE
-from phatgoose.averaging import save_mean_activations
-from phatgoose.base import load_base, load_tokenizer
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, TextConfig
-from phatgoose.embedding import save_example_embeddings
-from phatgoose.expert import Expert
-from phatgoose.many import train_adapters, train_gates
-from phatgoose.methods import MULTITASK
-from phatgoose.pool import Pool
-from phatgoose.sentence_encoder import SentenceEncoder
-from phatgoose.training_groups import TrainingJob, read_jobs
+from phatgoose.evaluation.methods import MULTITASK
+from phatgoose.experts.adapter import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.embeddings import SentenceEncoder, save_example_embeddings
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.pool import Pool
+from phatgoose.models.base import load_base, load_tokenizer
+from phatgoose.training.group.jobs import TrainingJob, read_jobs
+from phatgoose.training.group.train import train_adapters, train_gates
+from phatgoose.training.mean_activations import save_mean_activations
 
 # longer targets are summaries, of which 128 tokens are written in evaluation; they would fill a GPU's memory
 TEXT = TextConfig(max_target_tokens=128)
@@ -127,7 +126,7 @@ class Training:
                     **common,
                 )  # fmt: skip
             if not expert.brings("embeddings"):
-                save_example_embeddings(expert, job.examples, encoder=encoder, **common)
+                save_example_embeddings(expert.folder, job.examples, encoder=encoder, **common)
 
     def pool(self, path: Path, jobs: Sequence[TrainingJob]) -> None:
         """The experts as a pool."""

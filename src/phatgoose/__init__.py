@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from phatgoose.base import load_base as load_base
-    from phatgoose.base import load_tokenizer as load_tokenizer
     from phatgoose.errors import PhatgooseError as PhatgooseError
-    from phatgoose.expert import Expert as Expert
-    from phatgoose.pool import Pool as Pool
-    from phatgoose.routed import RoutedModel as RoutedModel
-    from phatgoose.trace import Trace as Trace
+    from phatgoose.experts.expert import Expert as Expert
+    from phatgoose.experts.pool import Pool as Pool
+    from phatgoose.models.base import load_base as load_base
+    from phatgoose.models.base import load_tokenizer as load_tokenizer
+    from phatgoose.routing.model import RoutedModel as RoutedModel
+    from phatgoose.routing.trace import Trace as Trace
 
 _PUBLIC = {
-    "Expert": "phatgoose.expert",
+    "Expert": "phatgoose.experts.expert",
     "PhatgooseError": "phatgoose.errors",
-    "Pool": "phatgoose.pool",
-    "RoutedModel": "phatgoose.routed",
-    "Trace": "phatgoose.trace",
-    "load_base": "phatgoose.base",
-    "load_tokenizer": "phatgoose.base",
+    "Pool": "phatgoose.experts.pool",
+    "RoutedModel": "phatgoose.routing.model",
+    "Trace": "phatgoose.routing.trace",
+    "load_base": "phatgoose.models.base",
+    "load_tokenizer": "phatgoose.models.base",
 }
 __all__ = sorted(_PUBLIC)
 

@@ -16,12 +16,12 @@ from typing import NoReturn
 import typer
 
 from phatgoose import __version__
-from phatgoose.cli.analysing import analyse, record
-from phatgoose.cli.comparing import compare
-from phatgoose.cli.evaluating import evaluate, lm_eval
-from phatgoose.cli.pools import pool_app
+from phatgoose.cli.analysis import analyse, record
+from phatgoose.cli.evaluation import evaluate, lm_eval
+from phatgoose.cli.pool import pool_app
+from phatgoose.cli.prompts import demo, generate, route
 from phatgoose.cli.prototypes import activations, embeddings
-from phatgoose.cli.running import demo, generate, route
+from phatgoose.cli.results import compare
 from phatgoose.cli.training import gate, train, train_many
 from phatgoose.errors import PhatgooseError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phatgoose.expert import Expert
-    from phatgoose.manifest import BaseId
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.manifest import BaseId
 
 
 def open_expert(path: Path) -> Expert:
@@ -21,9 +21,9 @@ def open_expert(path: Path) -> Expert:
         AdapterError: there is none.
         PoolError: the pool's manifest is damaged.
     """
-    from phatgoose.expert import Expert
-    from phatgoose.manifest import EXPERTS, MANIFEST_FILE
-    from phatgoose.pool import Pool
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.manifest import EXPERTS, MANIFEST_FILE
+    from phatgoose.experts.pool import Pool
 
     root = path.resolve().parent.parent
     if path.resolve().parent.name == EXPERTS and (root / MANIFEST_FILE).is_file():
@@ -41,7 +41,7 @@ def base_of(expert: Expert, base: str | None, revision: str | None) -> BaseId:
         BaseModelError: it is another one, or neither says.
     """
     from phatgoose.errors import BaseModelError
-    from phatgoose.manifest import BaseId
+    from phatgoose.experts.manifest import BaseId
 
     made_for = BaseId(name=expert.adapter.config.base, revision=expert.adapter.config.revision)
     wanted = BaseId(name=base or made_for.name, revision=revision or made_for.revision)
@@ -65,9 +65,9 @@ def writable(expert: Expert) -> Iterator[Expert]:
     copied, and the copy takes its place as a whole at the end. Of the processes
     of one training, the main one alone does so.
     """
-    from phatgoose.expert import Expert
-    from phatgoose.pool import containing_pool
-    from phatgoose.train import is_main_process
+    from phatgoose.experts.expert import Expert
+    from phatgoose.experts.pool import containing_pool
+    from phatgoose.training.run import is_main_process
 
     inside = containing_pool(expert.folder)
     if inside is None:

@@ -38,10 +38,10 @@ def activations(
     """Compute an expert's mean activations, for router average-activation."""
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
 
-    from phatgoose.activations import ACTIVATIONS
-    from phatgoose.averaging import save_mean_activations
-    from phatgoose.base import load_base, load_tokenizer
-    from phatgoose.data import read_examples
+    from phatgoose.data.examples import read_examples
+    from phatgoose.experts.vectors import ACTIVATIONS
+    from phatgoose.models.base import load_base, load_tokenizer
+    from phatgoose.training.mean_activations import save_mean_activations
 
     expert = open_expert(adapter)
     wanted = base_of(expert, base, revision)
@@ -60,12 +60,11 @@ def embeddings(
     adapter: AdapterFolder, data: Data, split: Split = "train", num_examples: NumExamples = 1000, seed: Seed = 0
 ) -> None:
     """Embed an expert's examples, for routers retrieval, glider and phatgoose-retrieval. The texts are not kept."""
-    from phatgoose.data import read_examples
-    from phatgoose.embedding import save_example_embeddings
-    from phatgoose.embeddings import EMBEDDINGS_FILE
+    from phatgoose.data.examples import read_examples
+    from phatgoose.experts.embeddings import EMBEDDINGS_FILE, save_example_embeddings
 
     expert = open_expert(adapter)
     examples = read_examples(data, split)
     with writable(expert) as target:
-        save_example_embeddings(target, examples, num_examples=num_examples, seed=seed)
+        save_example_embeddings(target.folder, examples, num_examples=num_examples, seed=seed)
     typer.echo(f"embeddings: {adapter / EMBEDDINGS_FILE}")

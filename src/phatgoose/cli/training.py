@@ -8,9 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from phatgoose.cli.experts import base_of, open_expert, writable
-from phatgoose.config import AdapterTrainingConfig, BatchingConfig, Dtype, GateConfig, TextConfig
+from phatgoose.config import AdapterTrainingConfig, BatchingConfig, Dtype, GateConfig, RayConfig, TextConfig
 from phatgoose.errors import ConfigError
-from phatgoose.ray_config import RayConfig
 
 Lora, Gate, Text, Batching = AdapterTrainingConfig, GateConfig, TextConfig, BatchingConfig
 
@@ -80,9 +79,10 @@ def train(
     )  # fmt: skip
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
 
-    from phatgoose.base import load_base, load_tokenizer
-    from phatgoose.data import read_examples
-    from phatgoose.train import check_out, train_adapter
+    from phatgoose.data.examples import read_examples
+    from phatgoose.models.base import load_base, load_tokenizer
+    from phatgoose.training.run import check_out
+    from phatgoose.training.single import train_adapter
 
     check_out(out)
     examples = [example for source in data for example in read_examples(source, split)]
@@ -132,9 +132,9 @@ def gate(
     )  # fmt: skip
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
 
-    from phatgoose.base import load_base, load_tokenizer
-    from phatgoose.data import read_examples
-    from phatgoose.train import train_gate
+    from phatgoose.data.examples import read_examples
+    from phatgoose.models.base import load_base, load_tokenizer
+    from phatgoose.training.single import train_gate
 
     expert = open_expert(adapter)
     wanted = base_of(expert, base, revision)
@@ -227,7 +227,7 @@ def train_many(
         raise ConfigError("options of a Ray cluster, but no cluster", found="--executor local", fix="--executor ray")
 
     if executor == "ray":
-        from phatgoose.ray_executor import train_on_ray
+        from phatgoose.training.cluster.executor import train_on_ray
 
         folders = train_on_ray(
             data, out, base, revision, config=lora_config, gate_config=gate_config, gates=gates, text=text,
@@ -235,9 +235,9 @@ def train_many(
             cluster=cluster,
         )  # fmt: skip
     else:
-        from phatgoose.base import load_base, load_tokenizer
-        from phatgoose.many import train_adapters, train_gates
-        from phatgoose.training_groups import read_jobs
+        from phatgoose.models.base import load_base, load_tokenizer
+        from phatgoose.training.group.jobs import read_jobs
+        from phatgoose.training.group.train import train_adapters, train_gates
 
         jobs = read_jobs(data, out, split, validation_split)
         model = load_base(base, revision, dtype=dtype, device=device)

@@ -12,16 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from phatgoose.kernels.launches import (
-    Choice,
-    Question,
-    bias_stride,
-    empty_choice,
-    options,
-    per_layer,
-    steps_of,
-    three,
-)
+from phatgoose.kernels.launches import Choice, Question, bias_stride, empty_choice, options, per_layer, steps_of, three
 from phatgoose.kernels.many_scores import score_many
 from phatgoose.kernels.many_tokens import expand_many, shrink_many
 from phatgoose.kernels.prototypes import padded

@@ -22,9 +22,9 @@ import math
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Router
+from phatgoose.experts.stack import SiteStack
+from phatgoose.routers.base import Router
 from phatgoose.routers.spectrum import spectrum
-from phatgoose.stack import SiteStack
 
 OFFICIAL_TEMPERATURE = 10.0
 

@@ -4,7 +4,7 @@
     scores as in `phatgoose`, with v in the place of the gate
 
 Source: paper section 4.2. The official code reads decoder activations from the
-last step of a generation only; `phatgoose.averaging` takes all tokens of prompt
+last step of a generation only; `phatgoose.training.mean_activations` takes all tokens of prompt
 and target, and says what follows.
 """
 
@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import torch
 
+from phatgoose.experts.stack import SiteStack
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
 
 
 class AverageActivation(Phatgoose):

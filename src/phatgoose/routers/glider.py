@@ -19,14 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from phatgoose.config import RouterConfig
-from phatgoose.embeddings import load_embeddings
-from phatgoose.expert import Expert
-from phatgoose.routers import PromptRouter
+from phatgoose.experts.embeddings import SentenceEncoder, load_embeddings
+from phatgoose.experts.expert import Expert
+from phatgoose.routers.base import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.sentence_encoder import SentenceEncoder
 
 if TYPE_CHECKING:
-    from phatgoose.routed import RoutedModel
+    from phatgoose.routing.model import RoutedModel
 
 
 class Glider(Phatgoose):

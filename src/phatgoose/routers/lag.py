@@ -13,10 +13,11 @@ from __future__ import annotations
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Router, Routing
+from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels.types import Routing
 from phatgoose.routers.arrow import ArrowPeft
+from phatgoose.routers.base import Router
 from phatgoose.routers.spectr import Spectr
-from phatgoose.stack import SiteStack
 
 
 class Lag(Router):

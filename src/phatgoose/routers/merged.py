@@ -15,9 +15,9 @@ from __future__ import annotations
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Routing
+from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels.types import Routing
 from phatgoose.routers.uniform import Uniform
-from phatgoose.stack import SiteStack
 
 
 class Merged(Uniform):

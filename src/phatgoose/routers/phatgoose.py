@@ -17,8 +17,8 @@ import torch
 from torch.nn import functional as F
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Router
-from phatgoose.stack import SiteStack
+from phatgoose.experts.stack import SiteStack
+from phatgoose.routers.base import Router
 
 
 class Phatgoose(Router):

@@ -23,13 +23,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.data import pad
-from phatgoose.expert import Expert
-from phatgoose.routers import PromptRouter, Routing
+from phatgoose.data.encoder import pad
+from phatgoose.experts.expert import Expert
+from phatgoose.kernels.types import Routing
+from phatgoose.routers.base import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
 
 if TYPE_CHECKING:
-    from phatgoose.routed import RoutedModel
+    from phatgoose.routing.model import RoutedModel
 
 # of a share; an expert that no token chose loses prior_strength * 6.9
 FLOOR = 1e-3

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Router
-from phatgoose.stack import SiteStack
+from phatgoose.experts.stack import SiteStack
+from phatgoose.routers.base import Router
 
 
 class PhatgooseRaw(Router):

@@ -20,13 +20,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.expert import Expert
-from phatgoose.routers import PromptRouter
+from phatgoose.experts.expert import Expert
+from phatgoose.routers.base import PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.retrieval import ExampleReader
 
 if TYPE_CHECKING:
-    from phatgoose.routed import RoutedModel
+    from phatgoose.routing.model import RoutedModel
 
 
 class PhatgooseRetrieval(Phatgoose):

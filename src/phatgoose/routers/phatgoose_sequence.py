@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.data import pad
+from phatgoose.data.encoder import pad
 from phatgoose.errors import RouterError
-from phatgoose.expert import Expert
-from phatgoose.routers import PromptRouter, Router, Routing
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels.types import Routing
+from phatgoose.routers.base import PromptRouter, Router
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.stack import SiteStack
-from phatgoose.trace import ScoresRecord
+from phatgoose.routers.record import ScoresRecord
 
 if TYPE_CHECKING:
-    from phatgoose.routed import RoutedModel
+    from phatgoose.routing.model import RoutedModel
 
 
 class PhatgooseSequence(Router):

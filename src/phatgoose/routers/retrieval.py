@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.embeddings import load_embeddings
-from phatgoose.expert import Expert
-from phatgoose.routers import PromptRouter, Routing
+from phatgoose.experts.embeddings import SentenceEncoder, load_embeddings
+from phatgoose.experts.expert import Expert
+from phatgoose.kernels.types import Routing
+from phatgoose.routers.base import PromptRouter
 from phatgoose.routers.uniform import Uniform
-from phatgoose.sentence_encoder import SentenceEncoder
 
 if TYPE_CHECKING:
-    from phatgoose.routed import RoutedModel
+    from phatgoose.routing.model import RoutedModel
 
 
 class Retrieval(Uniform):

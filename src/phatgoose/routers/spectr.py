@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 
 from phatgoose.config import RouterConfig
-from phatgoose.routers import Router
+from phatgoose.experts.stack import SiteStack
+from phatgoose.routers.base import Router
 from phatgoose.routers.spectrum import spectrum
-from phatgoose.stack import SiteStack
 
 
 class Spectr(Router):

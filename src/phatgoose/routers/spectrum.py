@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from phatgoose.stack import SiteStack
+from phatgoose.experts.stack import SiteStack
 
 
 class Spectrum(NamedTuple):

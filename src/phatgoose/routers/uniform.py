@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from phatgoose.routers import Router, Routing
+from phatgoose.kernels.types import Routing
+from phatgoose.routers.base import Router
 
 
 class Uniform(Router):

@@ -1,0 +1,1 @@
+"""Which experts carry which tokens and tasks."""

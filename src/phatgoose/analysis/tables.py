@@ -1,0 +1,292 @@
+"""An analysis as tables, Markdown and JSON.
+
+Weights, scores and shares are in per cent, differences in points of them;
+entropies in nats too. JSON has shares of 1.
+
+Axes: R recordings, T tasks, E experts, L layers, K kinds of sites.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phatgoose.analysis.oracle_distance import AGAINST, ALL, FLOOR, PAPERS_PEARSON
+from phatgoose.analysis.suite_routing import MEASURES, SuiteRouting, entropy, spread
+from phatgoose.analysis.summary import Analysis
+from phatgoose.report.tables import MINUS, NOTHING, Entry, Table, percent, table_lines
+from phatgoose.results.bootstrap import Interval
+
+Array = NDArray[np.float64]
+DECIMALS = 5  # of JSON
+SHORT = {"scores": "all scores", "chosen": "chosen", "usage": "usage"}
+_ENTROPY_NOTE = (
+    "Entropy in nats, and as % of the largest possible: of the softmax over all experts' scores and of the chosen"
+    " experts' weights, each a mean over tokens; and of the task's usage at a site, a mean over tasks."
+)
+
+
+def all_tables(analysis: Analysis) -> list[Table]:
+    """In the order of the page."""
+    return [
+        overview(analysis),
+        *([own_shares(analysis)] if analysis.own else []),
+        *(leaders(analysis, suite) for suite in analysis.suites),
+        entropies(analysis, "kind"),
+        entropies(analysis, "layer"),
+        *([correlations(analysis), distances(analysis)] if analysis.distance else []),
+    ]
+
+
+def overview(analysis: Analysis) -> Table:
+    """A line for each suite."""
+    rows = []
+    for suite in analysis.suites:
+        row = [Entry(suite.suite), Entry(str(len(suite.tasks)))]
+        row += _entropy_entries([suite], lambda values_RLK: np.nanmean(values_RLK, axis=(1, 2)))
+        # of the usage over all sites: what a map of tasks and experts shows
+        row.append(Entry(_number(*spread(np.exp(entropy(suite.usage_RTE)).mean(axis=1)), digits=1)))
+        rows.append(row)
+    notes = [
+        _ENTROPY_NOTE,
+        "Experts in use: the exponential of the entropy of a task's usage over all sites, a mean over tasks; the number"
+        " of experts that would have that entropy if they were used equally.",
+        *_sd_note(analysis),
+    ]
+    head = ["suite", "tasks", *_entropy_head(), "experts in use"]
+    return _table("Suites", head, rows, notes, texts=1)
+
+
+def own_shares(analysis: Analysis) -> Table:
+    """Held-in tasks and their own experts."""
+    rows = [
+        [
+            Entry(one.task),
+            Entry(_percent(one.share, one.share_sd), bold=one.rank == 1),
+            Entry(str(one.rank)),
+            Entry("" if one.rank == 1 else one.leader),
+            Entry("" if one.rank == 1 else percent(one.leader_share)),
+        ]
+        for one in analysis.own
+    ]
+    first = sum(one.rank == 1 for one in analysis.own)
+    mean = float(np.mean([one.share for one in analysis.own]))
+    notes = [
+        f"Mean routing weight of the task's own expert, in %. Mean over the tasks: {percent(mean)}; an equal use of all"
+        f" experts would be {percent(1 / len(analysis.header.experts))}. The own expert leads in {first} of"
+        f" {len(analysis.own)} tasks (bold).",
+        *_sd_note(analysis),
+    ]
+    return _table(
+        "Share of the own expert",
+        ["task", "own expert", "rank", "leader, if another", "its share"],
+        rows,
+        notes,
+        (0, 3),
+    )
+
+
+def leaders(analysis: Analysis, suite: SuiteRouting) -> Table:
+    """The three experts with most weight, for each task."""
+    rows = []
+    for t, task in enumerate(suite.tasks):
+        mean_E, sd_E = spread(suite.usage_RTE[:, t])
+        best = np.argsort(-mean_E, kind="stable")[:3]
+        texts = [f"{analysis.header.experts[e]} {_percent(mean_E[e], None if sd_E is None else sd_E[e])}" for e in best]
+        texts += [NOTHING] * (3 - len(texts))
+        in_use = _number(*spread(np.exp(entropy(suite.usage_RTE[:, t]))), digits=1)
+        rows.append([Entry(task), *map(Entry, texts), Entry(in_use)])
+    notes = ["Mean routing weight over all sites, in %.", *_sd_note(analysis)]
+    head = ["task", "first", "second", "third", "experts in use"]
+    return _table(f"{suite.suite}: leading experts", head, rows, notes, texts=4)
+
+
+def entropies(analysis: Analysis, by: str) -> Table:
+    """By "kind" of site or by "layer"; means over suites."""
+    labels = analysis.grid.kinds if by == "kind" else analysis.grid.layers
+    rows = []
+    for i, label in enumerate(labels):
+
+        def part(values_RLK: Array, i: int = i) -> Array:
+            return np.nanmean(values_RLK[:, :, i] if by == "kind" else values_RLK[:, i], axis=1)
+
+        rows.append([Entry(label), *_entropy_entries(analysis.suites, part)])
+    title = "Entropy by kind of site" if by == "kind" else "Entropy by layer"
+    over = "layers" if by == "kind" else "kinds of sites"
+    notes = [_ENTROPY_NOTE, f"Mean over the tasks of a suite, the suites and the {over}.", *_sd_note(analysis)]
+    return _table(title, [by, *_entropy_head()], rows, notes, texts=1)
+
+
+def correlations(analysis: Analysis) -> Table:
+    """Of the distance from the Oracle with performance."""
+    assert analysis.distance is not None
+    rows = []
+    for suite, found in analysis.distance.correlations.items():
+        for name, one in found.items():
+            row = [Entry(suite), Entry(AGAINST[name]), Entry(str(one.num_tasks))]
+            for value, interval in ((one.pearson, one.pearson_interval), (one.spearman, one.spearman_interval)):
+                sure = interval is not None and interval.excludes_zero()
+                row += [Entry(_signed(value)), Entry(_limits(interval), bold=sure)]
+            rows.append(row)
+    notes = [
+        "Correlation over tasks of the distance with the router's score, and with what it is better than the Oracle and"
+        f" the base by. The paper has Pearson {_signed(PAPERS_PEARSON, 1)} for T5-XL. Intervals: 95 %, other tasks of"
+        " the kind; bold ones leave out zero; with many intervals, some do so by chance.",
+        *(
+            [f"{ALL}: the paper's suites together, without leave-one-out."]
+            if ALL in analysis.distance.correlations
+            else []
+        ),
+    ]
+    head = ["suite", "distance against", "tasks", "Pearson", "interval", "Spearman", "interval"]
+    return _table("Distance from the Oracle and performance", head, rows, notes, texts=2)
+
+
+def distances(analysis: Analysis) -> Table:
+    """Each task's distance from the Oracle."""
+    assert analysis.distance is not None
+    rows = [
+        [
+            Entry(f"{point.suite}/{point.task}"),
+            Entry(", ".join(dict.fromkeys(point.experts))),
+            Entry(percent(point.usage)),
+            Entry(_number(np.float64(point.kl), None if point.kl_sd is None else np.float64(point.kl_sd))),
+            Entry(percent(point.score)),
+            Entry(percent(point.to_oracle, sign=True)),
+            Entry(NOTHING if point.to_base is None else percent(point.to_base, sign=True)),
+        ]
+        for point in sorted(analysis.distance.points, key=lambda point: point.kl)
+    ]
+    notes = [
+        "Distance: KL divergence of the usage from the Oracle's choice, which is the negative logarithm of its expert's"
+        f" share, in nats; a share below {100 * FLOOR:g} % counts as that. Of equally good experts the Oracle takes the"
+        " first by name. Each seed's pool has its own Oracle.",
+        *_sd_note(analysis),
+    ]
+    head = ["task", "Oracle's expert", "its share", "distance", "score", "minus Oracle", "minus base"]
+    return _table("Distance from the Oracle by task", head, rows, notes, texts=2)
+
+
+def markdown(analysis: Analysis) -> str:
+    """All tables as GitHub reads them."""
+    header = analysis.header
+    lines = [
+        "# Analysis of the routing",
+        "",
+        f"Router {header.method}, base model {header.base}, {len(header.experts)} experts, {len(header.sites)} sites,"
+        f" {len(analysis.seeds)} {'recording' if len(analysis.seeds) == 1 else 'recordings'}.",
+    ]
+    for table in all_tables(analysis):
+        lines += ["", *table_lines(table)]
+    for note in analysis.notes:
+        lines += ["", note]
+    return "\n".join(lines) + "\n"
+
+
+def to_json(analysis: Analysis) -> dict[str, Any]:
+    """All numbers of tables and figures; means and standard deviations over the recordings (null with one)."""
+    return {
+        "format": 1,
+        **{name: getattr(analysis.header, name) for name in ("method", "router", "base", "dtype", "limit", "text")},
+        "pools": analysis.pools,
+        "seeds": analysis.seeds,
+        "experts": list(analysis.header.experts),
+        "layers": analysis.grid.layers,
+        "kinds": analysis.grid.kinds,
+        "suites": {suite.suite: _suite_json(suite) for suite in analysis.suites},
+        "own": [asdict(one) for one in analysis.own],
+        "distance": None if analysis.distance is None else _finite(asdict(analysis.distance)),
+        "similarity": _rounded(analysis.similarity_EE),
+        "heatmaps": {
+            f"{name}/{task}": _mean_and_sd(analysis.suite(name).layers_RTLE[:, analysis.suite(name).tasks.index(task)])
+            for name, task in analysis.heatmaps
+        },
+        "notes": analysis.notes,
+    }
+
+
+def _suite_json(suite: SuiteRouting) -> dict[str, Any]:
+    return {
+        "tasks": suite.tasks,
+        "usage": _mean_and_sd(suite.usage_RTE),
+        "entropy": {
+            name: {"nats": _mean_and_sd(one.nats_RLK), "share": _mean_and_sd(one.share_RLK)}
+            for name, one in suite.entropies.items()
+        },
+    }
+
+
+def _mean_and_sd(values: Array) -> dict[str, Any]:
+    mean, sd = spread(values)
+    return {"mean": _rounded(mean), "sd": None if sd is None else _rounded(sd)}
+
+
+def _rounded(values: Array) -> Any:
+    return _finite(np.round(values, DECIMALS).tolist())
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _entropy_head() -> list[str]:
+    return [f"{SHORT[name]}, {unit}" for name in MEASURES for unit in ("nats", "%")]
+
+
+def _entropy_entries(suites: Sequence[SuiteRouting], reduce: Any) -> list[Entry]:
+    """Nats and per cent of each measure; `reduce` makes (R,) of (R, L, K)."""
+    entries = []
+    for name in MEASURES:
+        both = [
+            np.mean([reduce(getattr(suite.entropies[name], field)) for suite in suites], axis=0)
+            for field in ("nats_RLK", "share_RLK")
+        ]
+        entries += [Entry(_number(*spread(both[0]))), Entry(_number(*spread(100 * both[1]), digits=1))]
+    return entries
+
+
+def _table(
+    title: str, head: list[str], rows: list[list[Entry]], notes: list[str], texts: int | tuple[int, ...]
+) -> Table:
+    """`texts`: columns that are no numbers, the first ones or their numbers."""
+    columns = range(texts) if isinstance(texts, int) else texts
+    return Table(
+        title=title,
+        head=head,
+        numeric=[i not in columns for i in range(len(head))],
+        rows=rows,
+        notes=notes,
+        split_from=1,
+    )
+
+
+def _sd_note(analysis: Analysis) -> list[str]:
+    return ["±: standard deviation between seeds."] if len(analysis.seeds) > 1 else []
+
+
+def _number(mean: Any, sd: Any = None, digits: int = 2) -> str:
+    if not np.isfinite(mean):
+        return NOTHING
+    return f"{mean:.{digits}f}" + ("" if sd is None else f" ± {sd:.{digits}f}")
+
+
+def _percent(mean: float, sd: float | None) -> str:
+    return percent(mean) + ("" if sd is None else f" ± {percent(sd)}")
+
+
+def _signed(value: float, digits: int = 2) -> str:
+    return NOTHING if not math.isfinite(value) else f"{value:+.{digits}f}".replace("-", MINUS)
+
+
+def _limits(interval: Interval | None) -> str:
+    return NOTHING if interval is None else f"[{_signed(interval.low)}, {_signed(interval.high)}]"

@@ -1,0 +1,1 @@
+"""The paper's protocols, run as grids of methods and tasks."""

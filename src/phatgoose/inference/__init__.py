@@ -1,0 +1,1 @@
+"""Answers and losses of a model."""

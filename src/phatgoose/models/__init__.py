@@ -1,0 +1,1 @@
+"""A base model, and surgery on its layers."""

@@ -1,0 +1,1 @@
+"""How any result looks; knows no model."""

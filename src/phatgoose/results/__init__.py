@@ -1,0 +1,1 @@
+"""What was measured: rows, intervals and comparisons. NumPy only, torch never."""

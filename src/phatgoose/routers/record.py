@@ -1,0 +1,34 @@
+"""What a routed layer reports its routing to.
+
+Axes: N tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Protocol
+
+import torch
+
+from phatgoose.kernels.types import Routing
+
+
+class RoutingRecord(Protocol):
+    """What a site reports its routing to."""
+
+    def append(self, routing: Routing, leading_shape: torch.Size) -> None:
+        """Take one call's routing; `leading_shape` is the activation's shape without its last axis."""
+
+
+class ScoresRecord(ABC):
+    """A record that also wants what the choice was made from."""
+
+    @abstractmethod
+    def append_scores(self, scores_NE: torch.Tensor, routing: Routing, leading_shape: torch.Size) -> None:
+        """Take one call.
+
+        Args:
+            scores_NE: see `Router.final_scores`.
+            routing: that the router chose from them.
+            leading_shape: the activation's shape without its last axis.
+        """

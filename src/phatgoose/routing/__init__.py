@@ -1,0 +1,1 @@
+"""A pool inside a model."""

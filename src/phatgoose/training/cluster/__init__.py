@@ -1,0 +1,1 @@
+"""Groups of experts trained on a Ray cluster."""

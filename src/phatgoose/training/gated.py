@@ -1,0 +1,98 @@
+"""The gated LoRA: what a gate is trained in (paper section 3.1).
+
+    y = W u + scaling * B A u * sigmoid(v . u)
+
+Axes: I in-features, O out-features, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from phatgoose.experts.adapter import LoraWeights
+from phatgoose.experts.expert import Expert
+from phatgoose.experts.sites import check_sites
+from phatgoose.models.wrapped import WrappedLinear
+
+
+class GatedLinear(WrappedLinear):
+    """A frozen linear layer and a frozen LoRA behind a trainable gate.
+
+    Args:
+        base: the linear layer.
+        weights: of the LoRA.
+        dtype: of the LoRA's arithmetic. The gate stays in fp32.
+    """
+
+    a_RI: torch.Tensor
+    b_OR: torch.Tensor
+
+    def __init__(self, base: nn.Module, weights: LoraWeights, dtype: torch.dtype) -> None:
+        super().__init__(base)
+        device = next(base.parameters()).device
+        self.register_buffer("a_RI", weights.a_RI.to(device, dtype), persistent=False)
+        self.register_buffer("b_OR", (weights.b_OR.float() * weights.scaling).to(device, dtype), persistent=False)
+        # Zero: every gate starts half open (paper section 3.1)
+        self.gate_I = nn.Parameter(torch.zeros(weights.a_RI.shape[1], device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape (..., I) -> (..., O)."""
+        y: torch.Tensor = self.base(x)
+        # a product and a sum, which autocast leaves in fp32
+        opening = torch.sigmoid((x.float() * self.gate_I).sum(dim=-1, keepdim=True))
+        update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
+        return y + (update * opening).to(y.dtype)
+
+
+class GatedModel(nn.Module):
+    """A base model with one expert behind gates. Only the gates are trained and saved.
+
+    The layers of `model` are replaced in place; `unwrap` puts them back.
+
+    Args:
+        model: the base model, frozen by this.
+        expert: whose gate is to be trained.
+
+    Raises:
+        BaseModelError: the expert does not fit the model.
+        AdapterError: the expert's weights are damaged.
+    """
+
+    def __init__(self, model: PreTrainedModel, expert: Expert) -> None:
+        super().__init__()
+        check_sites(model, [expert])
+        self.model = model
+        self.model.requires_grad_(False)
+        for site, weights in expert.adapter.load():
+            model.set_submodule(site, GatedLinear(model.get_submodule(site), weights, model.dtype))
+
+    def forward(self, **inputs: torch.Tensor) -> Any:
+        """The wrapped model's forward."""
+        return self.model(**inputs)
+
+    def gates(self) -> dict[str, nn.Parameter]:
+        """Site -> v, shape (I,)."""
+        return {name: m.gate_I for name, m in self.model.named_modules() if isinstance(m, GatedLinear)}
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Only the gates, so that a checkpoint of the Trainer does not carry the base."""
+        return {site: v.detach() for site, v in self.gates().items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Take gates from a checkpoint of the Trainer."""
+        gates = self.gates()
+        for site, v in state_dict.items():
+            gates[site].data.copy_(v)
+        return nn.modules.module._IncompatibleKeys([], [])
+
+    def unwrap(self) -> PreTrainedModel:
+        """Put the base model's own layers back and return it."""
+        for site, module in list(self.model.named_modules()):
+            if isinstance(module, GatedLinear):
+                self.model.set_submodule(site, module.base)
+        return self.model

@@ -1,0 +1,1 @@
+"""Many experts trained over one forward pass."""

@@ -1,0 +1,187 @@
+"""The LoRAs of several experts over one forward pass of the base model.
+
+A batch's sequences are ordered by expert, as many for each, so that the
+experts' updates are two batched products on a view: nothing is gathered, and
+no loop goes over experts.
+
+Axes: E experts, B = E * rows sequences, S positions, N tokens of each expert,
+M target tokens of all experts, I in-features, O out-features, R rank, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from phatgoose.data.encoder import IGNORED
+from phatgoose.errors import BaseModelError
+from phatgoose.models.wrapped import WrappedLinear
+from phatgoose.training.group.data import Batch
+
+
+class BatchedLora(WrappedLinear):
+    """A frozen linear layer and a LoRA of each expert, with or without gates.
+
+    y = W u + scaling * B A u, and with gates y = W u + scaling * B A u * sigmoid(v . u).
+
+    Args:
+        base: the linear layer.
+        a_ERI: down-projections.
+        b_ERO: up-projections, transposed.
+        scaling: LoRA's, the same for all experts.
+        gates_EI: the gates' v; None for none.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        a_ERI: torch.Tensor,
+        b_ERO: torch.Tensor,
+        *,
+        scaling: float = 1.0,
+        gates_EI: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__(base)
+        self.a_ERI = a_ERI
+        self.b_ERO = b_ERO
+        self.gates_EI = gates_EI
+        self.scaling = scaling
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape (B, positions, I) -> (B, positions, O), in the dtype that the base layer gives."""
+        if x.dim() != 3:
+            raise BaseModelError(
+                "many experts cannot be trained at once on this base model",
+                found=f"a layer that is called with an input of shape {tuple(x.shape)}",
+                expected="(sequences, positions, features), which say whose token is whose",
+                fix="train one expert at a time: phatgoose train, phatgoose gate",
+            )
+        y: torch.Tensor = self.base(x)
+        num_experts = self.a_ERI.shape[0]
+        x_ENI = x.reshape(num_experts, -1, x.shape[-1])
+        h_ENR = torch.bmm(x_ENI.to(self.a_ERI.dtype), self.a_ERI.transpose(1, 2))
+        if self.gates_EI is not None:
+            # as in GatedLinear: a product and a sum, which autocast leaves in fp32
+            opening_EN1 = torch.sigmoid((x_ENI.float() * self.gates_EI.unsqueeze(1)).sum(dim=-1, keepdim=True))
+            h_ENR = (h_ENR * opening_EN1).to(h_ENR.dtype)
+        # A sum of its own, not baddbmm: a compiler makes it a part of what comes next
+        update = torch.bmm(h_ENR, self.b_ERO).view(y.shape)
+        return torch.add(y, update, alpha=self.scaling).to(y.dtype)
+
+
+class TargetHead(nn.Module):
+    """An output head that is applied only where target tokens are predicted.
+
+    (B, S, V) logits would take more memory and time than the rest of the model.
+
+    Args:
+        head: the model's output layer.
+
+    Attributes:
+        positions_M: of the next call: which of its B * S positions to take.
+    """
+
+    positions_M: torch.Tensor
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x of shape (B, S, I) -> (1, M, V)."""
+        logits_1MV: torch.Tensor = self.head(x.flatten(0, 1)[self.positions_M].unsqueeze(0))
+        return logits_1MV
+
+    @property
+    def weight(self) -> Any:
+        """The head's weight."""
+        return self.head.weight
+
+    @property
+    def bias(self) -> Any:
+        """The head's bias."""
+        return self.head.bias
+
+
+class BatchedModel(nn.Module):
+    """A base model with `BatchedLora`s; `unwrap` puts back what was there.
+
+    Args:
+        model: the base model, frozen by this.
+        layers: site -> what takes the place of its layer; at least one.
+
+    Attributes:
+        adapts_head: whether the output head is among the sites; see `assemble`'s `equal_targets`.
+
+    Raises:
+        BaseModelError: the model has no output head of its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, layers: Mapping[str, BatchedLora]) -> None:
+        super().__init__()
+        self.model = model
+        self._replaced: list[tuple[str, nn.Module]] = []
+        model.requires_grad_(False)
+        for site, layer in layers.items():
+            self._replace(site, layer)
+        head = model.get_output_embeddings()
+        name = next((name for name, module in model.named_modules() if module is head), None)
+        if name is None:
+            self.unwrap()
+            raise BaseModelError(
+                f"{type(model).__name__} has no output head", expected="a model that predicts tokens of a vocabulary"
+            )
+        self.head = TargetHead(head)
+        self.adapts_head = isinstance(head, BatchedLora)
+        self._replace(name, self.head)
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Each expert's weighted cross-entropy, fp32, shape (E,)."""
+        self.head.positions_M = batch.positions_M
+        logits_1MV = self.model(**batch.inputs, use_cache=False).logits
+        losses_M = F.cross_entropy(
+            logits_1MV.squeeze(0).float(), batch.targets_M, reduction="none", ignore_index=IGNORED
+        )
+        # not index_add, whose sums depend on chance on a GPU
+        experts_E1 = torch.arange(len(batch.weights_E), device=losses_M.device).unsqueeze(1)
+        losses_EM = torch.where(batch.experts_M == experts_E1, losses_M, 0.0)
+        return losses_EM.sum(dim=1) * batch.weights_E
+
+    @contextmanager
+    def compiled(self) -> Iterator[None]:
+        """Compile the blocks that the model repeats (torch.compile): one block's code serves all of them."""
+        kinds = set(self.model._no_split_modules or ())
+        for name, module in list(self.model.named_modules()):
+            if type(module).__name__ in kinds:
+                self._replace(name, torch.compile(module))  # type: ignore[arg-type]
+        # Kinds of blocks x shapes x training and evaluation; beyond the limit blocks would run uncompiled
+        with torch._dynamo.config.patch(recompile_limit=64):
+            yield
+
+    def unwrap(self) -> PreTrainedModel:
+        """Put the replaced layers back and return the base model."""
+        while self._replaced:
+            self.model.set_submodule(*self._replaced.pop())
+        return self.model
+
+    def _replace(self, name: str, module: nn.Module) -> None:
+        self._replaced.append((name, self.model.get_submodule(name)))
+        self.model.set_submodule(name, module)
+
+
+def needs_mask(model: PreTrainedModel) -> bool:
+    """Whether a model must be told where padding on the right is.
+
+    Where every attention looks back only, padding is seen by nothing but
+    padding, and attention without a mask is faster.
+    """
+    if not getattr(model.config, "is_causal", True):
+        return True
+    causal = [module.is_causal for module in model.modules() if hasattr(module, "is_causal")]
+    return bool(model.config.is_encoder_decoder) or not causal or not all(causal)

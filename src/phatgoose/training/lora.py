@@ -1,0 +1,119 @@
+"""A new LoRA on a base model, made and saved by PEFT.
+
+Axes: E experts, I in-features, O out-features, R rank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel, set_seed
+
+from phatgoose.config import AdapterTrainingConfig
+from phatgoose.errors import ConfigError
+from phatgoose.experts.adapter import CONFIG_FILE, WEIGHTS_FILE
+from phatgoose.experts.sites import linear_shape
+from phatgoose.files import new_folder, replacing, write_json
+from phatgoose.models.base import base_id, base_source
+
+
+@contextmanager
+def new_lora(model: PreTrainedModel, config: AdapterTrainingConfig) -> Iterator[PeftModel]:
+    """Yield `model` with a new LoRA; afterwards `model` is as it was.
+
+    Equal seeds give equal initial values.
+
+    Raises:
+        ConfigError: `config` names layers that cannot be adapted.
+    """
+    set_seed(config.seed)
+    targets = config.target_modules
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha if config.alpha is not None else config.rank,  # type: ignore[arg-type]
+        target_modules=targets if targets == "all-linear" else [name.strip() for name in targets.split(",")],
+        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        revision=base_id(model).revision,
+    )
+    try:
+        peft_model = get_peft_model(model, lora)
+    except ValueError as error:
+        raise ConfigError("PEFT cannot adapt this base model so", found=str(error).splitlines()[0]) from error
+    # PEFT looks the base up whenever it saves a checkpoint: let it find an embedded one on this machine
+    peft_model.peft_config["default"].base_model_name_or_path = base_source(base_id(model).name)
+    try:
+        for site, layer in lora_layers(peft_model).items():
+            _check_linear(site, layer)
+        yield peft_model
+    finally:
+        peft_model.unload()
+
+
+def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
+    """Site -> PEFT's layer there."""
+    base: Any = peft_model.get_base_model()
+    return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
+
+
+def initial_factors(layers: Mapping[str, Any], num_experts: int) -> dict[str, torch.Tensor]:
+    """PEFT's initial values, once for each expert: "<site>.a", shape (E, R, I), and "<site>.b", shape (E, R, O)."""
+    factors = {}
+    for site, layer in layers.items():
+        a_RI, b_OR = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        factors[site + ".a"] = a_RI.expand(num_experts, -1, -1)
+        factors[site + ".b"] = b_OR.T.expand(num_experts, -1, -1)
+    return factors
+
+
+def load_factors(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor], expert: int) -> None:
+    """Put one expert's values, of the shapes that `initial_factors` gives, into PEFT's layers."""
+    with torch.no_grad():
+        for site, layer in layers.items():
+            layer.lora_A["default"].weight.copy_(factors[site + ".a"][expert])
+            layer.lora_B["default"].weight.copy_(factors[site + ".b"][expert].T)
+
+
+def save_lora(
+    peft_model: PeftModel,
+    out: Path,
+    base: str,
+    dtype: torch.dtype,
+    beside: Callable[[Path], None] = lambda folder: None,
+) -> None:
+    """Save the adapter as PEFT does; `out` appears in one step.
+
+    Args:
+        peft_model: holds the adapter.
+        out: folder to make.
+        base: the base model's name, for adapter_config.json.
+        dtype: of the numbers on disk.
+        beside: writes more into the folder before it appears.
+    """
+    with new_folder(out) as folder:
+        peft_model.save_pretrained(str(folder))
+        weights = {name: t.to(dtype) for name, t in load_file(folder / WEIGHTS_FILE).items()}
+        with replacing(folder / WEIGHTS_FILE) as temporary:
+            save_file(weights, temporary, metadata={"format": "pt"})
+        config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = base
+        write_json(folder / CONFIG_FILE, config)
+        beside(folder)
+
+
+def _check_linear(site: str, layer: LoraLayer) -> None:
+    """PEFT can adapt embeddings and convolutions too; a router cannot mix those."""
+    if linear_shape(layer.get_base_layer()) is None:
+        raise ConfigError(
+            f"{site} cannot be adapted",
+            found=type(layer.get_base_layer()).__name__,
+            expected="names of linear layers",
+            fix="--target-modules all-linear",
+        )
