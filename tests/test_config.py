@@ -6,8 +6,8 @@ from dataclasses import FrozenInstanceError, fields
 from typing import Any
 
 import pytest
-from conftest import fails
 
+from helpers.checks import fails
 from phatgoose.config import AdapterTrainingConfig, GateConfig, RouterConfig, TextConfig
 from phatgoose.errors import ConfigError
 

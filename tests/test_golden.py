@@ -6,16 +6,18 @@ Names and formulas: golden/README.md. Tolerance: 1e-5 of the largest magnitude, 
 from __future__ import annotations
 
 import shutil
-from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, GOLDEN, PAD, as_text, assert_close, make_tokenizer, provenance
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from safetensors.torch import save_file
 
+from helpers.checks import assert_close
+from helpers.data import as_text
+from helpers.golden import BASE, GOLDEN, base, by_site, golden, inputs, logits
+from helpers.models import EOS, PAD, make_tokenizer
+from helpers.pools import provenance
 from phatgoose.config import GateConfig
 from phatgoose.data.examples import Example
 from phatgoose.experts.expert import Expert
@@ -23,36 +25,10 @@ from phatgoose.experts.official import import_official
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.vectors import save_gate
 from phatgoose.kernels import BACKENDS
-from phatgoose.models.base import load_base
 from phatgoose.routing.model import RoutedModel
 from phatgoose.training.gated import GatedModel
 from phatgoose.training.single import train_gate
 from phatgoose.training.trainer import target_loss
-
-BASE = str(GOLDEN / "base")
-
-
-@cache
-def golden(name: str) -> dict[str, torch.Tensor]:
-    return load_file(GOLDEN / f"{name}.safetensors")
-
-
-def base() -> PreTrainedModel:
-    return load_base(BASE, device="cpu")
-
-
-def inputs() -> dict[str, torch.Tensor]:
-    """What the official interface gives the model: no mask for the decoder."""
-    return {name: golden("inputs")[name] for name in ("input_ids", "attention_mask", "decoder_input_ids")}
-
-
-@torch.no_grad()
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    return model(**inputs()).logits
-
-
-def by_site(name: str, prefix: str) -> dict[str, torch.Tensor]:
-    return {key.removeprefix(prefix): t for key, t in golden(name).items() if key.startswith(prefix)}
 
 
 @pytest.fixture(scope="module", params=["official_checkpoint.pt", "official_checkpoint.safetensors"])

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, PAD, as_text, assert_close, make_tokenizer
-from test_golden import BASE, base, by_site, golden, logits
 
+from helpers.checks import assert_close
+from helpers.data import as_text
+from helpers.golden import BASE, GOLDEN, base, by_site, golden, logits
+from helpers.models import PAD, make_tokenizer
 from phatgoose.config import TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import Example

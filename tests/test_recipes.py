@@ -10,9 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import as_text, llama, make_base, make_data, token_ids
-from grid_workshop import make_grid
 
+from helpers.data import as_text, make_data, token_ids
+from helpers.grids import make_grid
+from helpers.models import llama, make_base
 from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.pool import Pool
 from phatgoose.results.rows import read_results

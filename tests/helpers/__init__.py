@@ -1,0 +1,1 @@
+"""Functions that tests share; fixtures are in conftest.py."""
