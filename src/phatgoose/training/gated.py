@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 from phatgoose.experts.adapter import LoraWeights
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.sites import check_sites
-from phatgoose.models.wrapped import WrappedLinear
+from phatgoose.models.frozen_lora import FrozenLora
+from phatgoose.models.wrapped import WrappedLinear, replace_layers
 
 
 class GatedLinear(WrappedLinear):
@@ -25,28 +26,23 @@ class GatedLinear(WrappedLinear):
 
     Args:
         base: the linear layer.
-        weights: of the LoRA.
-        dtype: of the LoRA's arithmetic. The gate stays in fp32.
+        weights: the LoRA's weights.
+        dtype: dtype of the LoRA's arithmetic. The gate stays in fp32.
     """
-
-    a_RI: torch.Tensor
-    b_OR: torch.Tensor
 
     def __init__(self, base: nn.Module, weights: LoraWeights, dtype: torch.dtype) -> None:
         super().__init__(base)
         device = next(base.parameters()).device
-        self.register_buffer("a_RI", weights.a_RI.to(device, dtype), persistent=False)
-        self.register_buffer("b_OR", (weights.b_OR.float() * weights.scaling).to(device, dtype), persistent=False)
+        self.lora = FrozenLora(weights, device, dtype)
         # Zero: every gate starts half open (paper section 3.1)
         self.gate_I = nn.Parameter(torch.zeros(weights.a_RI.shape[1], device=device))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape (..., I) -> (..., O)."""
+        """x of shape (..., I) -> (..., O), in the dtype of the base layer's output."""
         y: torch.Tensor = self.base(x)
-        # a product and a sum, which autocast leaves in fp32
+        # A product and a sum, which autocast leaves in fp32
         opening = torch.sigmoid((x.float() * self.gate_I).sum(dim=-1, keepdim=True))
-        update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
-        return y + (update * opening).to(y.dtype)
+        return y + (self.lora(x) * opening).to(y.dtype)
 
 
 class GatedModel(nn.Module):
@@ -68,8 +64,9 @@ class GatedModel(nn.Module):
         check_sites(model, [expert])
         self.model = model
         self.model.requires_grad_(False)
-        for site, weights in expert.adapter.load():
-            model.set_submodule(site, GatedLinear(model.get_submodule(site), weights, model.dtype))
+        loras = dict(expert.adapter.load())
+        self._layers = {site: GatedLinear(model.get_submodule(site), loras[site], model.dtype) for site in loras}
+        self._before = replace_layers(model, self._layers)
 
     def forward(self, **inputs: torch.Tensor) -> Any:
         """The wrapped model's forward."""
@@ -77,7 +74,7 @@ class GatedModel(nn.Module):
 
     def gates(self) -> dict[str, nn.Parameter]:
         """Site -> v, shape (I,)."""
-        return {name: m.gate_I for name, m in self.model.named_modules() if isinstance(m, GatedLinear)}
+        return {site: layer.gate_I for site, layer in self._layers.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Only the gates, so that a checkpoint of the Trainer does not carry the base."""
@@ -92,7 +89,5 @@ class GatedModel(nn.Module):
 
     def unwrap(self) -> PreTrainedModel:
         """Put the base model's own layers back and return it."""
-        for site, module in list(self.model.named_modules()):
-            if isinstance(module, GatedLinear):
-                self.model.set_submodule(site, module.base)
+        replace_layers(self.model, self._before)
         return self.model

@@ -28,7 +28,8 @@ from phatgoose.experts.sites import check_sites
 from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
 from phatgoose.files import sha256
 from phatgoose.models.base import DTYPES, base_id
-from phatgoose.models.wrapped import WrappedLinear
+from phatgoose.models.frozen_lora import FrozenLora
+from phatgoose.models.wrapped import WrappedLinear, replaced_layers
 
 NUM_EXAMPLES = 1000
 
@@ -47,8 +48,7 @@ class AveragingLinear(WrappedLinear):
         super().__init__(base)
         self.stream = stream
         device = next(base.parameters()).device
-        self.a_RI = weights.a_RI.to(device, dtype)
-        self.b_OR = (weights.b_OR.float() * weights.scaling).to(device, dtype)
+        self.lora = FrozenLora(weights, device, dtype)
         self.sum_I = torch.zeros(weights.a_RI.shape[1], device=device, dtype=torch.float64)
         # what each token of the next call counts
         self.counts_BS: torch.Tensor | None = None
@@ -58,9 +58,8 @@ class AveragingLinear(WrappedLinear):
         assert self.counts_BS is not None
         # summed in fp64 over batches only: of a whole batch's activations, fp64 copies would take most of the time
         self.sum_I += self.counts_BS.flatten() @ x.reshape(-1, x.shape[-1]).float()
-        update = nn.functional.linear(nn.functional.linear(x.to(self.a_RI.dtype), self.a_RI), self.b_OR)
         y: torch.Tensor = self.base(x)
-        return y + update.to(y.dtype)
+        return y + self.lora(x).to(y.dtype)
 
 
 def save_mean_activations(
@@ -122,9 +121,8 @@ def mean_activations(
     for site, weights in expert.adapter.load():
         stream = describe_site(site, encoder_decoder=encoder.encoder_decoder).stream
         layers[site] = AveragingLinear(model.get_submodule(site), weights, stream, model.dtype)
-        model.set_submodule(site, layers[site])
     rows = sorted(encoder.encode_all(examples), key=lambda row: len(row["input_ids"]))
-    try:
+    with replaced_layers(model, layers):
         for start in range(0, len(rows), batch_size):
             batch = {k: v.to(model.device) for k, v in encoder.collate(rows[start : start + batch_size]).items()}
             counts = _token_counts(batch, encoder)
@@ -132,9 +130,6 @@ def mean_activations(
             for layer in layers.values():
                 layer.counts_BS = counts[layer.stream]
             model(**batch, use_cache=False)
-    finally:
-        for site, layer in layers.items():
-            model.set_submodule(site, layer.base)
     return {site: (layer.sum_I / len(rows)).float().cpu() for site, layer in layers.items()}
 
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from phatgoose.data.encoder import IGNORED
 from phatgoose.errors import BaseModelError
-from phatgoose.models.wrapped import WrappedLinear
+from phatgoose.models.wrapped import WrappedLinear, replace_layers
 from phatgoose.training.group.data import Batch
 
 
@@ -126,10 +126,9 @@ class BatchedModel(nn.Module):
     def __init__(self, model: PreTrainedModel, layers: Mapping[str, BatchedLora]) -> None:
         super().__init__()
         self.model = model
-        self._replaced: list[tuple[str, nn.Module]] = []
+        self._before: list[dict[str, nn.Module]] = []
         model.requires_grad_(False)
-        for site, layer in layers.items():
-            self._replace(site, layer)
+        self._replace(layers)
         head = model.get_output_embeddings()
         name = next((name for name, module in model.named_modules() if module is head), None)
         if name is None:
@@ -139,7 +138,7 @@ class BatchedModel(nn.Module):
             )
         self.head = TargetHead(head)
         self.adapts_head = isinstance(head, BatchedLora)
-        self._replace(name, self.head)
+        self._replace({name: self.head})
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Each expert's weighted cross-entropy, fp32, shape (E,)."""
@@ -157,22 +156,20 @@ class BatchedModel(nn.Module):
     def compiled(self) -> Iterator[None]:
         """Compile the blocks that the model repeats (torch.compile): one block's code serves all of them."""
         kinds = set(self.model._no_split_modules or ())
-        for name, module in list(self.model.named_modules()):
-            if type(module).__name__ in kinds:
-                self._replace(name, torch.compile(module))  # type: ignore[arg-type]
+        blocks = {name: module for name, module in self.model.named_modules() if type(module).__name__ in kinds}
+        self._replace({name: torch.compile(block) for name, block in blocks.items()})  # type: ignore[misc]
         # Kinds of blocks x shapes x training and evaluation; beyond the limit blocks would run uncompiled
         with torch._dynamo.config.patch(recompile_limit=64):
             yield
 
     def unwrap(self) -> PreTrainedModel:
         """Put the replaced layers back and return the base model."""
-        while self._replaced:
-            self.model.set_submodule(*self._replaced.pop())
+        while self._before:
+            replace_layers(self.model, self._before.pop())
         return self.model
 
-    def _replace(self, name: str, module: nn.Module) -> None:
-        self._replaced.append((name, self.model.get_submodule(name)))
-        self.model.set_submodule(name, module)
+    def _replace(self, layers: Mapping[str, nn.Module]) -> None:
+        self._before.append(replace_layers(self.model, layers))
 
 
 def needs_mask(model: PreTrainedModel) -> bool:
