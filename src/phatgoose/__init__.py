@@ -9,10 +9,23 @@ for Zero-Shot Generalization" (arXiv 2402.05859).
 
 from __future__ import annotations
 
-from importlib import import_module
+from importlib import import_module, metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+
+def _read_version() -> str:
+    """Version of the installed package; without an installation, that of the checkout's pyproject.toml."""
+    try:
+        return metadata.version("phatgoose")
+    except metadata.PackageNotFoundError:
+        import tomllib
+
+        pyproject = Path(__file__).parents[2] / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
+
+
+__version__ = _read_version()
 
 if TYPE_CHECKING:
     from phatgoose.errors import PhatgooseError as PhatgooseError

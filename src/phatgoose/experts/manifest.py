@@ -18,27 +18,27 @@ from phatgoose.files import write_json
 MANIFEST_FILE = "pool.json"
 EXPERTS = "experts"  # the folder that holds the experts' folders
 FORMAT = 1
-ADAPTER_ONLY = " (adapter only)"  # added to the source of an expert whose gate, or the like, is from elsewhere
+ADAPTER_ONLY = " (adapter only)"  # marks a source that holds for the adapter, but not for the gate or the prototypes
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseId:
-    """Which base model a pool is for.
+    """Identity of a base model.
 
     Attributes:
         name: hub id, path, or the name of an embedded base.
-        revision: of the hub repository; None if it was not pinned.
+        revision: pinned revision of the hub repository; None if not pinned.
     """
 
     name: str
     revision: str | None = None
 
     def matches(self, other: BaseId) -> bool:
-        """Whether both can be the same model.
+        """Whether both can name the same model.
 
-        Hub ids must be equal. A path only has its last part compared, because
-        the same model lies in different places on different machines. An
-        unknown name ("") and an unpinned revision match anything.
+        Hub ids must be equal. If either name is a path, only the last parts are
+        compared, because paths differ between machines. An unknown name ("")
+        and an unpinned revision match anything.
         """
         if self.revision and other.revision and self.revision != other.revision:
             return False
@@ -54,13 +54,13 @@ class BaseId:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One expert's line in the manifest.
+    """One expert in the manifest.
 
     Attributes:
-        name: unique in the pool.
-        path: of its folder, relative to the pool; None if it stays on the hub.
-        hub: {"repo", "revision"} of the hub repository it came from, or stays in.
-        source: where it came from, for people.
+        name: the expert's name, unique in the pool.
+        path: the expert's folder, relative to the pool; None if it stays on the hub.
+        hub: {"repo", "revision"} of the hub repository that holds the same files, or None.
+        source: origin to show to people.
         files: file name -> sha256.
     """
 
@@ -71,7 +71,7 @@ class Entry:
     files: dict[str, str]
 
     def in_place_of(self, old: Entry) -> Entry:
-        """This entry, with as much of an older one's origin as its files still have."""
+        """This entry, with the origin of the `old` one as far as it still holds for the files."""
         changed = {file for file, _ in old.files.items() ^ self.files.items()}
         if not changed:
             return replace(self, source=old.source, hub=old.hub)
@@ -82,11 +82,11 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What pool.json says. It never changes; a changed pool has a new one.
+    """The content of pool.json, immutable: a changed pool has a new manifest.
 
     Attributes:
         base: the base model that all experts were trained on.
-        entries: one line per expert, in the order of the expert ids.
+        entries: one entry per expert; the position is the expert id.
     """
 
     base: BaseId
@@ -97,7 +97,7 @@ class Manifest:
         """Read the manifest of the pool in `folder`.
 
         Raises:
-            PoolError: there is none, or it is damaged.
+            PoolError: the folder has no manifest, or a damaged one.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -114,13 +114,19 @@ class Manifest:
         return _parse(path, raw)
 
     def with_entries(self, entries: Iterable[Entry]) -> Manifest:
-        """The same manifest with these lines."""
+        """A manifest with the same base and these entries."""
         return Manifest(base=self.base, entries=tuple(entries))
 
     def write(self, folder: Path) -> None:
-        """Make this the manifest of the pool in `folder`, in one step."""
+        """Write pool.json in `folder`, replacing an older one in one step."""
         experts = [asdict(entry) for entry in self.entries]
         write_json(folder / MANIFEST_FILE, {"format": FORMAT, "base": asdict(self.base), "experts": experts})
+
+    def free_path(self, name: str) -> str:
+        """A path for the next version of expert `name`, which no entry uses."""
+        taken = {entry.path for entry in self.entries}
+        candidates = [f"{EXPERTS}/{name}", f"{EXPERTS}/{name}@2"]
+        return next(path for path in candidates if path not in taken)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -164,7 +170,7 @@ def _parse(path: Path, raw: Any) -> Manifest:
 
 
 def _check_entry(path: Path, entry: Entry) -> None:
-    """Refuse a line that code further on could not use, or that leads outside the pool."""
+    """Raise PoolError for an entry with invalid values, or with a path that leads outside the pool."""
     texts = isinstance(entry.name, str) and isinstance(entry.files, dict) and isinstance(entry.path, str | None)
     if not texts or re.fullmatch(EXPERT_NAME, entry.name) is None:
         raise PoolError(

@@ -25,13 +25,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from phatgoose import __version__
 from phatgoose.errors import CheckpointError
 from phatgoose.experts.adapter import PREFIX, WEIGHTS_FILE
+from phatgoose.experts.checks import check_new_folder
 from phatgoose.experts.expert import Expert, check_name
-from phatgoose.experts.pool import Pool, check_new_folder
+from phatgoose.experts.pool import Pool
 from phatgoose.experts.sites import check_sites
-from phatgoose.experts.vectors import GateProvenance, save_gate
+from phatgoose.experts.provenance import GateProvenance
+from phatgoose.experts.vectors import save_gate
 from phatgoose.files import new_folder, sha256
 
 _EXPERT = re.compile(
@@ -186,6 +187,5 @@ def _write_expert(checkpoint: Path, folder: Path, parts: _Parts, base: str, enco
             learning_rate=5e-3,
             seed=42,
             settings={"imported_from": checkpoint.name, "note": "steps, rate and seed are the official script's"},
-            phatgoose=__version__,
         )
         save_gate(folder, parts.gate_I, provenance)

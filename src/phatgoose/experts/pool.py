@@ -3,14 +3,16 @@
     pool.json
     experts/<name>/adapter_config.json, adapter_model.safetensors, gate.safetensors, ...
 
-Every change is one rename of pool.json. A killed command leaves the old pool
-or the new one; folders that no manifest names are swept by the next change.
+Every change ends with one rename of pool.json, so a killed command leaves
+either the old pool or the new one. The next change deletes expert folders that
+the manifest does not name.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,18 +21,20 @@ from typing import Any
 from filelock import FileLock
 
 from phatgoose.errors import PhatgooseError, PoolError
-from phatgoose.experts.checks import check_base, check_files, check_shapes, check_tensors
+from phatgoose.experts.checks import check_base, check_entry, check_expert, check_name_is_free, check_new_folder
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import EXPERTS, MANIFEST_FILE, BaseId, Entry, Manifest
-from phatgoose.files import new_folder, sha256
+from phatgoose.files import new_folder
 
 
 class Pool:
     """A named set of experts for one base model. Expert ids are positions in `names`.
 
     Args:
-        folder: the pool's folder; see `open` and `create`.
-        manifest: what its pool.json says, or a part of that; see `subset`.
+        folder: the pool's folder.
+        manifest: the content of its pool.json, or a part of it (see `subset`).
+
+    Build one with `open`, `create` or `around`.
     """
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
@@ -43,7 +47,7 @@ class Pool:
         """Make an empty pool.
 
         Raises:
-            PoolError: the folder exists and is not empty, or `base` is.
+            PoolError: the folder exists and is not empty, or `base` is an empty name.
         """
         folder = Path(folder)
         check_new_folder(folder)
@@ -61,22 +65,21 @@ class Pool:
         """Read a pool's manifest.
 
         Raises:
-            PoolError: there is none, or it is damaged.
+            PoolError: the folder has no manifest, or a damaged one.
         """
         return cls(Path(folder), Manifest.read(Path(folder)))
 
     @classmethod
     def around(cls, adapter: str | Path) -> Pool:
-        """A pool of one adapter, which stays where it lies; nothing is written.
+        """A pool of a single adapter, which stays where it is; nothing is written.
 
         Raises:
             AdapterError: the folder is not a LoRA adapter that can be routed.
-            ConfigError: an expert may not be called as the folder is.
+            ConfigError: the folder's name is not a valid expert name.
         """
         expert = Expert(adapter)
         config, folder = expert.adapter.config, expert.folder.resolve()
-        files = {file.name: sha256(file) for file in sorted(expert.files())}
-        entry = Entry(name=expert.name, path=folder.name, hub=None, source=folder.name, files=files)
+        entry = Entry(name=expert.name, path=folder.name, hub=None, source=folder.name, files=expert.checksums())
         return cls(folder.parent, Manifest(base=BaseId(name=config.base, revision=config.revision), entries=(entry,)))
 
     @property
@@ -86,7 +89,7 @@ class Pool:
 
     @property
     def entries(self) -> tuple[Entry, ...]:
-        """The manifest's lines, by expert id."""
+        """One manifest entry per expert; the position is the expert id."""
         return self.manifest.entries
 
     @property
@@ -103,19 +106,19 @@ class Pool:
         return len(self.entries)
 
     def expert(self, name: str) -> Expert:
-        """Open one expert (an expert that stays on the hub is downloaded).
+        """Open one expert; a linked one is downloaded from the hub unless it is cached.
 
         Raises:
-            PoolError: no such expert, or its folder is gone.
-            AdapterError: its folder is damaged.
-            HubError: it cannot be downloaded.
+            PoolError: the pool has no such expert, or the expert's folder is gone.
+            AdapterError: the expert's folder is damaged.
+            HubError: the download failed.
         """
         if name not in self._experts:
             self._experts[name] = Expert(self._expert_folder(self.entry(name)), name)
         return self._experts[name]
 
     def experts(self) -> list[Expert]:
-        """All experts, by expert id.
+        """All experts, opened; the position is the expert id.
 
         Raises:
             PoolError: the pool is empty.
@@ -129,7 +132,7 @@ class Pool:
         return [self.expert(name) for name in self.names]
 
     def entry(self, name: str) -> Entry:
-        """One line of the manifest. Raises PoolError if there is none of that name."""
+        """The manifest entry of one expert. Raises PoolError if the pool has no such expert."""
         for entry in self.entries:
             if entry.name == name:
                 return entry
@@ -140,21 +143,20 @@ class Pool:
         )
 
     def subset(self, names: Sequence[str]) -> Pool:
-        """The same pool with only these experts, in this order; nothing changes on disk."""
+        """A view of the pool with only these experts, in this order; the disk is unchanged."""
         return Pool(self.folder, self.manifest.with_entries(self.entry(name) for name in names))
 
     def with_expert(self, expert: Expert) -> Pool:
-        """The same pool and one expert more, wherever its folder lies; nothing changes on disk.
+        """A view of the pool with one more expert, from any folder; the disk is unchanged.
 
         Raises:
-            PoolError: the name is taken, or the adapter has another base.
+            PoolError: the name is taken, or the adapter was trained on another base model.
         """
-        self._check_name_is_free(expert.name, expert.folder)
+        check_name_is_free(self.folder, self.names, expert.name, expert.folder)
         check_base(self.folder, self.base, expert)
         folder = expert.folder.resolve()
         path = Path(os.path.relpath(folder, self.folder.resolve())).as_posix()
-        files = {file.name: sha256(file) for file in sorted(expert.files())}
-        entry = Entry(name=expert.name, path=path, hub=None, source=folder.name, files=files)
+        entry = Entry(name=expert.name, path=path, hub=None, source=folder.name, files=expert.checksums())
         return Pool(self.folder, self.manifest.with_entries([*self.entries, entry]))
 
     def add(
@@ -169,34 +171,34 @@ class Pool:
 
         Args:
             adapter: a PEFT adapter's folder.
-            name: in the pool; the folder's name if None.
-            source: where it came from; the folder's name if None.
-            hub: {"repo", "revision"} if the folder is a download of one.
+            name: the expert's name in the pool; by default the folder's name.
+            source: origin to show to people; by default the folder's name.
+            hub: {"repo", "revision"} if the folder was downloaded from the hub.
 
         Raises:
-            PoolError: the name is taken, or the adapter has another base.
-            AdapterError, GateError: its files are damaged.
+            PoolError: the name is taken, or the adapter was trained on another base model.
+            AdapterError, GateError, PrototypeError: the expert's files are damaged.
         """
         expert = Expert(adapter, name)
         with self._changing():
-            self._check_name_is_free(expert.name, adapter)
-            self._check_expert(expert)
+            check_name_is_free(self.folder, self.names, expert.name, adapter)
+            check_expert(self.folder, self.base, expert)
             entry = self._copy_in(expert, source or expert.folder.resolve().name, hub)
             self._commit([*self.entries, entry])
         return entry
 
     def link(self, repo: str, name: str | None = None, revision: str | None = None) -> Entry:
-        """Add an expert that stays on the hub: the manifest pins its commit and its files' sha256.
+        """Add an expert that stays on the hub: the manifest pins its commit and the sha256 of its files.
 
         Args:
-            repo: hub repository of a PEFT adapter, with or without a gate.
-            name: in the pool; the last part of `repo` if None.
-            revision: branch, tag or commit of the repository; its main branch if None.
+            repo: hub repository (OWNER/NAME) of a PEFT adapter, with or without a gate.
+            name: the expert's name in the pool; by default NAME of the repository.
+            revision: branch, tag or commit; by default the main branch.
 
         Raises:
-            PoolError: the name is taken, or the adapter has another base.
-            AdapterError, GateError: its files are damaged.
-            HubError: it cannot be downloaded.
+            PoolError: the name is taken, or the adapter was trained on another base model.
+            AdapterError, GateError, PrototypeError: the expert's files are damaged.
+            HubError: the download failed.
         """
         from phatgoose.experts.hub import download_expert, resolve_revision
 
@@ -207,85 +209,83 @@ class Pool:
             path=None,
             hub={"repo": repo, "revision": commit},
             source=f"{repo}@{commit}",
-            files={file.name: sha256(file) for file in sorted(expert.files())},
+            files=expert.checksums(),
         )
         with self._changing():
-            self._check_name_is_free(expert.name, repo)
-            self._check_expert(expert)
+            check_name_is_free(self.folder, self.names, expert.name, repo)
+            check_expert(self.folder, self.base, expert)
             self._commit([*self.entries, entry])
         return entry
 
     def replace(self, name: str, adapter: str | Path) -> Entry:
-        """Put a new version of an expert in the place of the old, as one step.
+        """Replace an expert by a new version in one step; it keeps its name and expert id.
 
-        Its entry does not claim to come from where the old one came from: a
-        changed gate is told in `source`, a changed adapter has the new folder
-        as its source, and neither is the hub's any longer.
+        The new entry claims only the origin that its files still have: if the
+        gate changed, `source` says so; if the adapter changed, `source` is the
+        new folder. In both cases the expert no longer counts as the hub's.
 
         Args:
-            name: of the expert; it keeps its expert id.
-            adapter: a PEFT adapter's folder, with or without a gate.
+            name: the expert to replace.
+            adapter: folder of the new version, a PEFT adapter with or without a gate.
 
         Raises:
-            PoolError: no such expert, or the new one does not fit.
-            AdapterError, GateError: its files are damaged.
+            PoolError: the pool has no such expert, or the new version was trained on another base model.
+            AdapterError, GateError, PrototypeError: the new files are damaged.
         """
         expert = Expert(adapter, name)
         with self._changing():
             old = self.entry(name)
-            self._check_expert(expert)
+            check_expert(self.folder, self.base, expert)
             entry = self._copy_in(expert, expert.folder.resolve().name, None).in_place_of(old)
             self._commit([entry if e.name == name else e for e in self.entries])
         return entry
 
+    @contextmanager
+    def editing(self, name: str) -> Iterator[Expert]:
+        """Yield a copy of an expert to write to; on a clean exit it replaces the expert if its files changed.
+
+        The manifest holds checksums, so files inside a pool never change in
+        place. If several processes train one gate together, only the main one
+        writes the gate; the copies of the others stay unchanged and are dropped.
+        A linked expert becomes a copy inside the pool.
+
+        Raises:
+            PoolError, AdapterError, GateError, PrototypeError, HubError: see `expert` and `replace`.
+        """
+        original = self.expert(name)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / name
+            folder.mkdir()
+            copy = original.copy_to(folder)
+            before = copy.checksums()
+            yield copy
+            if copy.checksums() != before:
+                self.replace(name, folder)
+
     def remove(self, name: str) -> None:
-        """Take an expert out and delete the pool's copy of it. Raises PoolError."""
+        """Remove an expert and delete the pool's copy of it. Raises PoolError if there is no such expert."""
         with self._changing():
             gone = self.entry(name)
             self._commit([entry for entry in self.entries if entry is not gone])
 
     def check(self, model: Any | None = None) -> list[PhatgooseError]:
-        """Everything that is wrong with this pool: damaged or changed files, wrong shapes.
+        """Find everything that is wrong with the pool: damaged or changed files, shapes that do not fit.
 
         Args:
-            model: a base model to compare shapes with, if there is one at hand.
+            model: a base model to compare shapes with; without one, experts are compared with each other.
 
         Returns:
-            The problems, in the order of the experts; empty if all is well. An
-            expert without a gate is no problem (routers that need one say so).
+            At most one problem per expert, by expert id; empty if all is well. A
+            missing gate is not a problem here (routers that need one check it).
         """
         problems: list[PhatgooseError] = []
         shapes: dict[str, tuple[str, int, int]] = {}
         for entry in self.entries:
             try:
-                self._check_entry(entry, shapes, model)
+                check_entry(self.folder, self.base, entry, self._expert_folder(entry), shapes, model)
             except PhatgooseError as error:
                 problems.append(error)
         return problems
-
-    def _check_entry(self, entry: Entry, shapes: dict[str, tuple[str, int, int]], model: Any | None) -> None:
-        folder = self._expert_folder(entry)
-        check_files(self.folder, entry, folder)
-        expert = Expert(folder, entry.name)
-        self._check_expert(expert)
-        check_shapes(self.folder, expert, shapes)
-        if model is not None:
-            from phatgoose.experts.sites import check_sites
-
-            check_sites(model, [expert])
-
-    def _check_name_is_free(self, name: str, adapter: str | Path) -> None:
-        if name in self.names:
-            raise PoolError(
-                f"pool {self.folder} already has an expert {name!r}",
-                expected="a new name",
-                fix=f"phatgoose pool add {self.folder} {adapter} --name OTHER, "
-                f"or first: phatgoose pool remove {self.folder} {name}",
-            )
-
-    def _check_expert(self, expert: Expert) -> None:
-        check_base(self.folder, self.base, expert)
-        check_tensors(expert)
 
     def _expert_folder(self, entry: Entry) -> Path:
         if entry.path is not None:
@@ -304,21 +304,14 @@ class Pool:
         return download_expert(entry.hub["repo"], entry.hub["revision"])
 
     def _copy_in(self, expert: Expert, source: str, hub: dict[str, str] | None) -> Entry:
-        folder = self._free_folder(expert.name)
+        folder = self.manifest.free_path(expert.name)
         with new_folder(self.folder / folder) as temporary:
-            for file in expert.files():
-                shutil.copyfile(file, temporary / file.name)
-            files = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+            files = expert.copy_to(temporary).checksums()
         return Entry(name=expert.name, path=folder, hub=hub, source=source, files=files)
-
-    def _free_folder(self, name: str) -> str:
-        taken = {entry.path for entry in self.entries}
-        candidates = [f"{EXPERTS}/{name}", f"{EXPERTS}/{name}@2"]
-        return next(path for path in candidates if path not in taken)
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """One writer at a time, working on the manifest as it is now."""
+        """Hold the pool's lock, with the manifest as it is on disk now; clean up before and after."""
         with FileLock(self.folder / ".lock"):
             if (self.folder / MANIFEST_FILE).is_file():
                 self.manifest = Manifest.read(self.folder)
@@ -327,7 +320,7 @@ class Pool:
             self._sweep()
 
     def _sweep(self) -> None:
-        """Delete what a killed command left: expert folders that no entry names, an unfinished manifest."""
+        """Delete what a killed command left: expert folders that no entry names, and unfinished manifests."""
         for unfinished in self.folder.glob(f".{MANIFEST_FILE}.*"):
             unfinished.unlink(missing_ok=True)
         named = {entry.path for entry in self.entries}
@@ -340,27 +333,3 @@ class Pool:
         changed.write(self.folder)
         self.manifest = changed
         self._experts.clear()
-
-
-def containing_pool(folder: Path) -> tuple[Pool, str] | None:
-    """The pool that `folder` is an expert of, and the expert's name; None if it is in none."""
-    folder = folder.resolve()
-    root = folder.parent.parent
-    if not (root / MANIFEST_FILE).is_file():
-        return None
-    pool = Pool.open(root)
-    for entry in pool.entries:
-        if entry.path is not None and (root / entry.path) == folder:
-            return pool, entry.name
-    return None
-
-
-def check_new_folder(folder: Path) -> None:
-    """Raise PoolError unless a new pool may be made at `folder`: nothing, or an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise PoolError(
-            f"cannot create a pool in {folder}",
-            found="a pool" if (folder / MANIFEST_FILE).is_file() else "a file, or a folder that is not empty",
-            expected="no folder, or an empty one",
-            fix="choose another folder",
-        )

@@ -16,8 +16,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from phatgoose.errors import HubError, PhatgooseError
 from phatgoose.experts.expert import FILES
 from phatgoose.experts.hub import _hub_errors, download_expert, resolve_revision
+from phatgoose.experts.checks import check_new_folder
 from phatgoose.experts.manifest import EXPERTS, MANIFEST_FILE, Entry
-from phatgoose.experts.pool import Pool, check_new_folder
+from phatgoose.experts.pool import Pool
 from phatgoose.files import new_folder
 
 

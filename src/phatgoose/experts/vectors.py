@@ -1,13 +1,14 @@
-"""One vector per site beside an adapter: a safetensors file, and its provenance as JSON.
+"""Files with one vector per site, beside an adapter: its gate, and its mean activations.
 
-Gates and mean activations are kept so. The folder stays a valid PEFT adapter.
+Each is a safetensors file, with its provenance in the metadata and, for people,
+as JSON. PEFT ignores both, so the folder stays a valid adapter.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +18,21 @@ from safetensors.torch import save_file
 
 from phatgoose.errors import GateError, PhatgooseError, PrototypeError
 from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
+from phatgoose.experts.provenance import FORMAT, GateProvenance, VectorProvenance
 from phatgoose.files import replacing, sha256, write_json
-
-FORMAT = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class VectorKind:
-    """A kind of vector: what it is called, where it lies, how it is made.
+    """A kind of vector, its files, and the command that makes them.
 
     Attributes:
-        noun: for messages ("gate").
-        file: name of the safetensors file; `<site><suffix>` are its tensors.
+        noun: name of the kind in messages ("gate").
+        file: name of the safetensors file; its tensors are named `<site><suffix>`.
         config_file: name of the JSON file, a copy of the provenance for people.
-        suffix: of the tensors' names.
-        command: that makes the vectors of an expert ("phatgoose gate").
-        error: what is raised if they cannot be used.
+        suffix: end of every tensor name (".gate").
+        command: command that makes the vectors ("phatgoose gate").
+        error: exception for vectors that are missing or damaged.
     """
 
     noun: str
@@ -43,35 +43,39 @@ class VectorKind:
     error: type[PhatgooseError]
 
     def exists(self, folder: Path) -> bool:
-        """Whether an adapter's folder holds such a file (whole or not)."""
+        """Whether an adapter's folder has such a file; it may be damaged."""
         return (folder / self.file).is_file()
 
     def save(
-        self, folder: Path, vectors: Mapping[str, torch.Tensor], provenance: dict[str, Any], dtype: torch.dtype
+        self,
+        folder: Path,
+        vectors: Mapping[str, torch.Tensor],
+        provenance: VectorProvenance,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Write vectors beside an adapter, replacing older ones.
 
         Args:
             folder: the adapter's folder.
             vectors: site -> vector, shape (in-features,).
-            provenance: plain data; has `format` and `adapter_sha256`.
-            dtype: of the numbers on disk.
+            provenance: how the vectors were made.
+            dtype: dtype of the saved vectors.
         """
         tensors = {site + self.suffix: v.detach().to("cpu", dtype).contiguous() for site, v in sorted(vectors.items())}
-        # One rename puts vectors and provenance in place together; the JSON file
-        # is a copy for people to read, and what a kill between the two leaves old.
+        # One rename puts vectors and provenance in place together. A kill after it
+        # leaves an old JSON file, which is only a copy for people.
         with replacing(folder / self.file) as temporary:
-            save_file(tensors, temporary, metadata={"provenance": json.dumps(provenance)})
-        write_json(folder / self.config_file, provenance)
+            save_file(tensors, temporary, metadata={"provenance": json.dumps(provenance.to_json())})
+        write_json(folder / self.config_file, provenance.to_json())
 
     def load(self, adapter: Adapter) -> dict[str, torch.Tensor]:
-        """Read the vectors that lie beside `adapter`.
+        """Read the vectors beside `adapter`.
 
         Returns:
-            site -> vector, shape (in-features,), fp32.
+            Site -> vector, shape (in-features,), fp32.
 
         Raises:
-            PhatgooseError: of class `error`: missing, damaged, not finite, or made for another adapter.
+            PhatgooseError: an `error`: the vectors are missing, damaged, not finite, or for another adapter.
         """
         folder = adapter.folder
         again = f"{self.command} {folder} --data DATA"
@@ -145,47 +149,6 @@ GATE = VectorKind(
     command="phatgoose gate",
     error=GateError,
 )
-GATE_FILE = GATE.file
-GATE_CONFIG_FILE = GATE.config_file
-
-
-@dataclass(frozen=True, kw_only=True)
-class GateProvenance:
-    """How a gate was made; the content of gate_config.json.
-
-    Attributes:
-        base: name of the base model, and its revision.
-        data: fingerprint of the training examples (`phatgoose.data.examples.fingerprint`).
-        adapter_sha256: of the adapter_model.safetensors that it was trained for.
-        settings: every setting of the training (`TextConfig`, and `GateConfig`
-            or, of a gate that was trained together with its adapter, `AdapterTrainingConfig`).
-        phatgoose: version that wrote it.
-        format: version of the file format.
-    """
-
-    base: str
-    revision: str | None
-    data: str | None
-    adapter_sha256: str
-    steps: int
-    learning_rate: float
-    seed: int
-    settings: dict[str, Any]
-    phatgoose: str
-    format: int = FORMAT
-
-
-def save_gate(
-    folder: Path, vectors: Mapping[str, torch.Tensor], provenance: GateProvenance, dtype: torch.dtype = torch.float32
-) -> None:
-    """Write a gate (site -> v, shape (in-features,)) beside an adapter, replacing an older one."""
-    GATE.save(folder, vectors, asdict(provenance), dtype)
-
-
-def load_gate(adapter: Adapter) -> dict[str, torch.Tensor]:
-    """Read the gate beside `adapter`: site -> v, shape (in-features,), fp32. Raises GateError."""
-    return GATE.load(adapter)
-
 
 ACTIVATIONS = VectorKind(
     noun="mean activations",
@@ -197,25 +160,8 @@ ACTIVATIONS = VectorKind(
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class ActivationsProvenance:
-    """How mean activations were made; the content of activations_config.json.
-
-    Attributes:
-        base: name of the base model, and its revision.
-        data: fingerprint of the examples (`phatgoose.data.examples.fingerprint`).
-        adapter_sha256: of the adapter that was active meanwhile.
-        num_examples: that were read.
-        settings: seed and `TextConfig`.
-        phatgoose: version that wrote it.
-        format: version of the file format.
-    """
-
-    base: str
-    revision: str | None
-    data: str
-    adapter_sha256: str
-    num_examples: int
-    settings: dict[str, Any]
-    phatgoose: str
-    format: int = FORMAT
+def save_gate(
+    folder: Path, vectors: Mapping[str, torch.Tensor], provenance: GateProvenance, dtype: torch.dtype = torch.float32
+) -> None:
+    """Write a gate beside an adapter, replacing an older one; see `VectorKind.save`."""
+    GATE.save(folder, vectors, provenance, dtype)

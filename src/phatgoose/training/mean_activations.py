@@ -17,15 +17,15 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose import __version__
 from phatgoose.config import Dtype, TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import Example, fingerprint
 from phatgoose.experts.adapter import WEIGHTS_FILE, LoraWeights
 from phatgoose.experts.expert import Expert
+from phatgoose.experts.provenance import ActivationsProvenance
 from phatgoose.experts.site_names import INPUT, OUTPUT, TEXT, describe_site
 from phatgoose.experts.sites import check_sites
-from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
+from phatgoose.experts.vectors import ACTIVATIONS
 from phatgoose.files import sha256
 from phatgoose.models.base import DTYPES, base_id
 from phatgoose.models.frozen_lora import FrozenLora
@@ -105,9 +105,8 @@ def save_mean_activations(
         adapter_sha256=sha256(expert.folder / WEIGHTS_FILE),
         num_examples=len(sample),
         settings={"seed": seed, "text": asdict(text)},
-        phatgoose=__version__,
     )
-    ACTIVATIONS.save(expert.folder, vectors, asdict(provenance), DTYPES[save_dtype])
+    ACTIVATIONS.save(expert.folder, vectors, provenance, DTYPES[save_dtype])
     return vectors
 
 

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from phatgoose import __version__
 from phatgoose.config import GateConfig, OptimizerConfig, TextConfig
 from phatgoose.data.examples import Example, fingerprint
 from phatgoose.errors import AdapterError, ConfigError
-from phatgoose.experts.vectors import GateProvenance
+from phatgoose.experts.provenance import GateProvenance
 from phatgoose.files import write_json
 from phatgoose.models.base import base_id
 
@@ -72,7 +71,6 @@ def gate_provenance(
         learning_rate=config.learning_rate,
         seed=config.seed,
         settings={"training": asdict(config), "text": asdict(text)},
-        phatgoose=__version__,
     )
 
 
