@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,10 @@ from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.official import import_official
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.provenance import ActivationsProvenance
 from phatgoose.experts.site_names import INPUT, describe_site
 from phatgoose.experts.stack import stack_sites
-from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
+from phatgoose.experts.vectors import ACTIVATIONS
 from phatgoose.files import sha256
 from phatgoose.routers.spectrum import spectrum
 from phatgoose.routing.model import RoutedModel
@@ -94,7 +94,7 @@ def test_average_activation_logits(pool: Pool, tmp_path: Path) -> None:
             phatgoose="test",
         )
         own = {site: vectors_EI[i] for site, vectors_EI in vectors.items()}
-        ACTIVATIONS.save(expert.folder, own, asdict(provenance), torch.float32)
+        ACTIVATIONS.save(expert.folder, own, provenance)
     found = logits(RoutedModel.from_pool(base(), other, router="average-activation"))
     assert_close(found, golden("average_activation")["logits"])
 

@@ -22,7 +22,7 @@ from phatgoose.errors import AdapterError, GateError
 from phatgoose.experts.adapter import Adapter
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.vectors import load_gate, save_gate
+from phatgoose.experts.vectors import GATE, save_gate
 from phatgoose.routing.model import RoutedModel
 from phatgoose.training.gated import GatedModel
 
@@ -265,7 +265,7 @@ def test_gate_that_does_not_fit(change: Any, word: str, tmp_path: Path) -> None:
     vectors = {site: torch.ones(shape.in_features) for site, shape in adapter.shapes.items()}
     change(vectors)
     save_gate(tmp_path, vectors, provenance(tmp_path))
-    error = fails(GateError, str(tmp_path), word, action=lambda: load_gate(adapter))
+    error = fails(GateError, str(tmp_path), word, action=lambda: GATE.load(adapter))
     assert str(error.fix).startswith("phatgoose gate ")
 
 
@@ -273,4 +273,4 @@ def test_gate_that_does_not_fit(change: Any, word: str, tmp_path: Path) -> None:
 def test_gate_of_no_known_format(metadata: dict[str, str] | None, tmp_path: Path) -> None:
     adapter = Adapter(make_adapter(llama, tmp_path))
     save_file({"x.gate": torch.ones(1)}, tmp_path / "gate.safetensors", metadata=metadata)
-    fails(GateError, "gate.safetensors", "phatgoose gate", action=lambda: load_gate(adapter))
+    fails(GateError, "gate.safetensors", "phatgoose gate", action=lambda: GATE.load(adapter))

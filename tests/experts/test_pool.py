@@ -19,9 +19,10 @@ from helpers.data import token_ids
 from helpers.models import llama
 from helpers.pools import make_expert, make_gate, make_pool
 from phatgoose.errors import PoolError
+from phatgoose.experts.location import containing_pool
 from phatgoose.experts.manifest import MANIFEST_FILE, BaseId
-from phatgoose.experts.pool import Pool, containing_pool
-from phatgoose.experts.vectors import GATE_FILE
+from phatgoose.experts.pool import Pool
+from phatgoose.experts.vectors import GATE
 from phatgoose.routing.model import RoutedModel
 
 
@@ -102,8 +103,8 @@ def test_replace_keeps_the_expert_id(pool: Pool, template: Path) -> None:
         assert Pool.open(pool.folder).names == ("e0", "e1", "e2")
         assert len(folders(pool)) == 3
         assert pool.check() == []
-        found = load_file(pool.expert("e1").folder / GATE_FILE)
-        assert all(torch.equal(found[key], v) for key, v in load_file(template / "new" / GATE_FILE).items())
+        found = load_file(pool.expert("e1").folder / GATE.file)
+        assert all(torch.equal(found[key], v) for key, v in load_file(template / "new" / GATE.file).items())
 
 
 def test_replaced_files_are_no_longer_the_hubs(pool: Pool, template: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from helpers.models import TARGETS, ModelFactory
 from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.vectors import GateProvenance, save_gate
+from phatgoose.experts.provenance import GateProvenance
+from phatgoose.experts.vectors import save_gate
 from phatgoose.files import sha256
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,10 @@ from helpers.data import model_inputs
 from helpers.models import MODELS, make_tokenizer
 from helpers.pools import fill_pool, make_expert
 from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
-from phatgoose.experts.embeddings import ENCODER, EmbeddingsProvenance, save_embeddings
+from phatgoose.experts.embeddings import ENCODER, save_embeddings
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.vectors import ACTIVATIONS, ActivationsProvenance
+from phatgoose.experts.provenance import ActivationsProvenance, EmbeddingsProvenance
+from phatgoose.experts.vectors import ACTIVATIONS
 from phatgoose.files import sha256
 from phatgoose.routers import ROUTERS
 from phatgoose.routing.model import RoutedModel
@@ -35,7 +35,7 @@ def complete(folder: Path, seed: int) -> Path:
         settings={},
         phatgoose="test",
     )
-    ACTIVATIONS.save(folder, vectors, asdict(provenance), torch.float32)
+    ACTIVATIONS.save(folder, vectors, provenance)
     embeddings_MD = F.normalize(torch.randn(5, 384, generator=generator), dim=1)
     save_embeddings(
         folder,

@@ -17,8 +17,9 @@ from helpers.models import MODELS, llama, t5
 from helpers.pools import make_expert
 from helpers.routing import complete, logits, make_pool, routed
 from phatgoose.errors import ConfigError, RouterError
-from phatgoose.experts.embeddings import ENCODER, EmbeddingsProvenance, SentenceEncoder, save_embeddings
+from phatgoose.experts.embeddings import ENCODER, SentenceEncoder, save_embeddings
 from phatgoose.experts.pool import Pool
+from phatgoose.experts.provenance import EmbeddingsProvenance
 
 SITE = "model.layers.1.mlp.down_proj"
 

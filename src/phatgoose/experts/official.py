@@ -30,8 +30,8 @@ from phatgoose.experts.adapter import PREFIX, WEIGHTS_FILE
 from phatgoose.experts.checks import check_new_folder
 from phatgoose.experts.expert import Expert, check_name
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.sites import check_sites
 from phatgoose.experts.provenance import GateProvenance
+from phatgoose.experts.sites import check_sites
 from phatgoose.experts.vectors import save_gate
 from phatgoose.files import new_folder, sha256
 
