@@ -5,13 +5,24 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+# A process for each core, but no more than memory holds. Stealing keeps the tests of a file, and so its fixtures, together.
+PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+
+.PHONY: demo test test-all test-kernels lint clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/phatgoose demo --pool demo/pool --html out/demo.html
 
+# All but what is marked slow: minutes on two cores.
 test: $(VENV)/installed
-	$(VENV)/bin/python -m pytest
+	$(PYTEST) -m "not slow"
+
+test-all: $(VENV)/installed
+	$(PYTEST)
+
+# NumPy multiplies in Triton's interpreter, in an order of sums that depends on the processor (OPENBLAS_CORETYPE).
+test-kernels: $(VENV)/installed
+	$(PYTEST) tests/kernels
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

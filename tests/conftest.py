@@ -6,6 +6,8 @@ import os
 import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# One thread a process, also in processes that tests start: more threads than cores slow each other tenfold.
+os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,13 @@ pytest.register_assert_rewrite("helpers")
 # Triton's kernels run in its interpreter where there is no GPU; it asks when they are defined.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "browser" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True, scope="session")

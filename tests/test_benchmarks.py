@@ -30,6 +30,7 @@ def read(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_peers_rehearsal(peers: ModuleType, tmp_path: Path) -> None:
     out = tmp_path / "peers.csv"
     peers.main(["--device", "cpu", "--tokens", "1", "5", "--out", str(out)])
@@ -133,6 +134,7 @@ def test_figures_of_rows(peers: ModuleType, tmp_path: Path) -> None:
         assert once == again and b"<svg" in once
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shape", "cases"), [("tiny", 5), ("tiny-t5", 4)])
 def test_model_rehearsal(shape: str, cases: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -153,6 +155,7 @@ def test_model_rehearsal(shape: str, cases: int, monkeypatch: pytest.MonkeyPatch
     assert {row["backend"] for row in rows} == {"auto"}
 
 
+@pytest.mark.slow
 def test_model_with_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """One model after the other in the same run; the settings are as before."""
     monkeypatch.syspath_prepend(BENCHMARKS)

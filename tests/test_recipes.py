@@ -18,6 +18,8 @@ from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.pool import Pool
 from phatgoose.results.rows import read_results
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 METHODS = {"base", "own expert", "top-1", "top-2", "left out"}
 

@@ -189,6 +189,7 @@ def test_a_repeated_run_costs_nothing(here: Path) -> None:
     assert run(*grid("phatgoose,merged,base")).code == 2  # this one is
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(make_grid(tmp_path, rows=LONG))
     arguments = ("phatgoose,merged,base,uniform,experts",)

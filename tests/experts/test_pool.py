@@ -204,6 +204,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("action", "place"),
     [

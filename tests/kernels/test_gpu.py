@@ -19,7 +19,7 @@ from phatgoose.routing.fused import share_inputs
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 EXPERTS, RANK, INPUTS, OUTPUTS = 33, 16, 256, 320
 TOKENS = [1, 40, 300]  # few, few with matrix units, many
 

@@ -133,6 +133,7 @@ def test_a_layer_that_nobody_adapts_any_more_is_the_bases(tmp_path: Path) -> Non
             assert torch.equal(found(x), found.base(x))
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_follows(tmp_path: Path) -> None:
     pool = make_pool("llama", tmp_path, num_experts=3)
     model = routed(llama(), pool.subset(["e0", "e1"]), backend="triton", capacity=3)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from helpers.checks import assert_close
@@ -23,6 +24,7 @@ def run(*command: str) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_gate_in_a_pool(tmp_path: Path) -> None:
     """Two processes with a batch each are one process that accumulates two batches."""
     base, data = tmp_path / "tiny-llama", tmp_path / "data.jsonl"

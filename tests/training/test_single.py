@@ -125,6 +125,7 @@ def test_padding_trains_nothing(factory: ModelFactory, tmp_path: Path) -> None:
     assert_close(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "gate"])
 def test_a_killed_run_ends_at_the_same_weights(what: str, tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -35,6 +35,8 @@ from phatgoose.training.cluster.executor import train_on_ray
 from phatgoose.training.group.jobs import read_jobs
 from phatgoose.training.group.train import train_adapters, train_gates
 
+pytestmark = pytest.mark.slow
+
 LORA = AdapterTrainingConfig(steps=6, batch_size=4, rank=3, save_steps=2)
 LONG = replace(LORA, steps=150, batch_size=2, save_steps=10)
 GATE = GateConfig(steps=4, batch_size=4)

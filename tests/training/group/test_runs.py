@@ -48,6 +48,7 @@ def test_a_run_killed_while_it_cleans_up(what: str, has_run_file: bool, tmp_path
     assert files_of(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "gate"])
 def test_a_killed_run_ends_at_the_same_weights(what: str, tmp_path: Path) -> None:
     """It goes on with its group as it was, whatever the size of groups is now."""

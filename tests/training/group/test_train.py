@@ -286,6 +286,7 @@ def test_gates_of_unlike_adapters(tmp_path: Path) -> None:
         assert_same_gates(job.folder, alone)
 
 
+@pytest.mark.slow
 def test_compiled_blocks(tmp_path: Path) -> None:
     for name, batching in (("plain", BatchingConfig()), ("compiled", BatchingConfig(compile=True))):
         jobs = make_jobs(tmp_path / name)
