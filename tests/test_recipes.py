@@ -16,7 +16,7 @@ from helpers.grids import make_grid
 from helpers.models import llama, make_base
 from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.pool import Pool
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,8 @@ from phatgoose.evaluation.methods import EXPERTS
 from phatgoose.results.comparison import compare
 from phatgoose.results.names import is_expert
 from phatgoose.results.page import write_comparison_page
-from phatgoose.results.rows import Result, read_results
+from phatgoose.results.reader import read_results
+from phatgoose.results.rows import Result
 from phatgoose.results.tables import markdown
 
 OURS = "phatgoose-retrieval"

@@ -18,7 +18,7 @@ from phatgoose.analysis.figures import Plot, draw, remove_older, save
 from phatgoose.analysis.heatmap import Heatmap
 from phatgoose.analysis.summary import Analysis, analyse
 from phatgoose.config import BootstrapConfig
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 
 @pytest.fixture(scope="module")

@@ -121,7 +121,7 @@ def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, words in (
         ([tmp_path, "--out", tmp_path / "out"], ["is no recording", "phatgoose record POOL"]),
         ([made, "--out", tmp_path / "out", "--heatmap", "rte"], ["no recorded task 'rte'", "t0ho/rte"]),
-        ([made, "--out", tmp_path / "out", "--results", tmp_path], ["is no results folder"]),
+        ([made, "--out", tmp_path / "out", "--results", tmp_path], ["is not a results folder"]),
     ):
         result = run("analyse", *arguments)
         assert (result.code, all(word in result.err for word in words)) == (2, True), result.err

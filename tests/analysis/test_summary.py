@@ -41,7 +41,7 @@ from phatgoose.analysis.tables import (
 from phatgoose.config import BootstrapConfig
 from phatgoose.errors import ResultsError
 from phatgoose.results.correlation import correlate
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 FAST = BootstrapConfig(num_resamples=500)
 HELD_IN = {

@@ -142,14 +142,14 @@ def test_torn_row_is_told(results):
         file.write('{"format": 1, "sui')
     result = run(results)
     assert result.exit_code == 0
-    assert f"{path}, line 7 is torn" in result.stderr
+    assert f"{path}, line 7 is incomplete" in result.stderr
 
 
 def test_bad_input(results, tmp_path):
     (tmp_path / "file").write_text("")
     before = files_of(tmp_path)
     cases = [
-        (ResultsError, (tmp_path / "none",), "is no results folder"),
+        (ResultsError, (tmp_path / "none",), "is not a results folder"),
         (ResultsError, (results, "--against", "lag"), "no results of method 'lag'"),
         (ResultsError, (results, "--suite", "bbl"), "no results of suite 'bbl'"),
         (ResultsError, (results, "--out", tmp_path / "file"), "cannot be written to"),

@@ -30,7 +30,7 @@ from phatgoose.evaluation.suites import load_tasks
 from phatgoose.evaluation.suites.metrics import rouge_l
 from phatgoose.experts.pool import Pool
 from phatgoose.inference.generation import answer
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 from phatgoose.results.writer import ResultsFolder
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel

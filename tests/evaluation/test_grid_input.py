@@ -40,7 +40,7 @@ def test_other_pools_and_settings_are_refused(here: Path) -> None:
         result = run(*grid("phatgoose", **({"task": "rte"} | changes)))
         assert result.code == 2
         assert all(word in result.err for word in words), result.err
-    assert "is no folder" in run(*grid("phatgoose", out="pool/pool.json")).err
+    assert "is not a folder" in run(*grid("phatgoose", out="pool/pool.json")).err
     (here / "out" / "rows.jsonl").write_text("{}\n")
     assert "line 1" in run(*grid("phatgoose", task="rte")).err
     assert set(files_of(here / "out")) == set(before)

@@ -16,7 +16,7 @@ from phatgoose.errors import ResultsError
 from phatgoose.report.tables import percent
 from phatgoose.results.bootstrap import Interval
 from phatgoose.results.comparison import compare
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 from phatgoose.results.tables import all_tables, limits, markdown
 
 CONFIG = BootstrapConfig(num_resamples=4000)
@@ -174,7 +174,7 @@ def test_oracle_and_best_individual(tmp_path):
     assert suite.scores["Oracle"] == pytest.approx({"a": 0.9, "b": 0.8, "c": 0.5})
     assert suite.scores["Best Individual"] == pytest.approx(EXPERTS["expert:both"])
     assert list(suite.averages) == ["Oracle", "Best Individual", "phatgoose"]
-    assert [average.told for average in suite.averages.values()] == [True, True, False]
+    assert [average.uses_labels for average in suite.averages.values()] == [True, True, False]
     assert suite.best == ["phatgoose"]
     chosen = {(choice.method, choice.task): choice.expert for choice in comparison.choices}
     # of two equally good experts the first by name
@@ -198,7 +198,7 @@ def test_single_experts_are_listed_on_demand(tmp_path):
     fill(tmp_path, {"phatgoose": {"a": 0.5, "b": 0.3, "c": 0.1}, **EXPERTS})
     suite = suite_of(tmp_path, experts=True)
     assert suite.averages.keys() == {"phatgoose", "Oracle", "Best Individual", *EXPERTS}
-    assert suite.averages["expert:qa"].told
+    assert suite.averages["expert:qa"].uses_labels
     assert suite_of(tmp_path, experts=True, against="expert:qa").differences["phatgoose"].wins == 1
 
 
@@ -234,7 +234,7 @@ def test_experts_that_lack_tasks(tmp_path):
 def test_own_expert_is_no_method_to_use(tmp_path):
     fill(tmp_path, {"phatgoose": {"a": 0.5}, "own": {"a": 0.9}}, suite="held-in")
     suite = suite_of(tmp_path)
-    assert suite.averages["own"].told
+    assert suite.averages["own"].uses_labels
     assert suite.best == ["phatgoose"]
 
 

@@ -12,9 +12,10 @@ import pytest
 from helpers.checks import contrast
 from helpers.results import add_row
 from phatgoose.config import BootstrapConfig
+from phatgoose.results.charts import APART, Axis, spread
 from phatgoose.results.comparison import compare
-from phatgoose.results.page import APART, Axis, _spread, write_comparison_page
-from phatgoose.results.rows import read_results
+from phatgoose.results.page import write_comparison_page
+from phatgoose.results.reader import read_results
 
 HOSTILE = "</td><script>document.title='owned'</script><b>"
 LONG = "a_method_with_a_name_that_is_longer_than_any_router_has top_k=1"
@@ -156,9 +157,9 @@ def test_scatter(page, comparison):
     held_in = comparison.suites[2]
     figures = page.locator("figure").all()
     assert [figure.locator("h3").text_content() for figure in figures] == [
-        "t0ho, per cent",
-        "bbh, per cent",
-        "leave-one-out, per cent",
+        "t0ho, percent",
+        "bbh, percent",
+        "leave-one-out, percent",
     ]
     figure, suite = figures[1], comparison.suites[1]
     points = figure.locator(".exact")
@@ -281,6 +282,6 @@ def test_axis(values, low, high, step):
 
 
 def test_labels_of_points_that_coincide_in_a_corner_part() -> None:
-    places = np.array(_spread([(0.0, 0.0)] * 4 + [(100.0, 100.0)] * 3))
+    places = np.array(spread([(0.0, 0.0)] * 4 + [(100.0, 100.0)] * 3))
     apart = np.linalg.norm(places[:, None] - places[None], axis=-1) + 1000 * np.eye(len(places))
     assert apart.min() > 0.95 * APART

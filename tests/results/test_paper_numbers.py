@@ -16,7 +16,7 @@ from scipy import stats
 from helpers.results import PAPER, add_paper_table
 from phatgoose.config import BootstrapConfig
 from phatgoose.results.comparison import compare
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 RESAMPLES = 20_000
 ROUNDING = 0.05  # of a number with one decimal
@@ -87,7 +87,7 @@ def test_averages_of_table_1(table, comparisons):
         average = suite.averages[name_of(method)]
         assert 100 * average.score == pytest.approx(published, abs=ROUNDING + 1e-9), method
         assert average.num_tasks == len(table["tasks"])
-        assert average.told == (method in ("Oracle", "Best Individual"))
+        assert average.uses_labels == (method in ("Oracle", "Best Individual"))
 
 
 def test_best_method_of_table_1(table, comparisons):

@@ -12,7 +12,7 @@ import pytest
 from helpers.checks import fails, files_of
 from helpers.results import add_row
 from phatgoose.errors import ResultsError
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 
 def make(folder, methods=("phatgoose", "arrow"), tasks=("rte", "cb"), **changes):
@@ -84,7 +84,7 @@ def test_torn_last_line_is_left_out(tmp_path):
     results, (warning,) = read_results([tmp_path])
     assert len(results) == 3
     assert f"{path}, line 4" in warning
-    assert "torn" in warning
+    assert "incomplete" in warning
     # within a letter of two bytes, too
     path.write_bytes(whole + '{"suite": "ü'.encode()[:-1])
     results, (warning,) = read_results([tmp_path])
@@ -105,7 +105,7 @@ def test_torn_line_in_the_middle(tmp_path):
 
 def test_only_a_torn_line(tmp_path):
     (tmp_path / "rows.jsonl").write_text('{"format"')
-    fails(ResultsError, "no result yet", action=lambda: read_results([tmp_path]))
+    fails(ResultsError, "no results yet", action=lambda: read_results([tmp_path]))
 
 
 # What is wrong -> how it is made so, words of the message
@@ -130,15 +130,15 @@ BROKEN = {
     "score above 1": (lambda f: edit_examples(f, scores=[1, 0, 0, 1.5]), ("numbers from 0 to 1",)),
     "score that is not the mean": (lambda f: edit(f, score=0.51), ("0.500000", "0.510000")),
     "two pools": (lambda f: edit(f, 3, pool="b" * 64), ("mixes two pools", "a" * 12, "b" * 12, "line 4")),
-    "other data": (lambda f: edit(f, 1, data="other"), ("t0ho/rte", "another data", "phatgoose", "arrow")),
-    "other metric": (lambda f: edit(f, 1, metric="rouge"), ("another metric",)),
-    "other prompts": (lambda f: edit(f, 1, text={"separator": " "}), ("another text",)),
-    "other dtype": (lambda f: edit(f, 1, dtype="bf16"), ("another dtype",)),
-    "other base": (lambda f: edit(f, 1, base="other"), ("another base",)),
+    "other data": (lambda f: edit(f, 1, data="other"), ("t0ho/rte", "different data", "phatgoose", "arrow")),
+    "other metric": (lambda f: edit(f, 1, metric="rouge"), ("different metric",)),
+    "other prompts": (lambda f: edit(f, 1, text={"separator": " "}), ("different text",)),
+    "other dtype": (lambda f: edit(f, 1, dtype="bf16"), ("different dtype",)),
+    "other base": (lambda f: edit(f, 1, base="other"), ("different base",)),
     "other settings of one method": (lambda f: edit(f, 2, config={"top_k": 1}), ("phatgoose has different settings",)),
     "a cell twice": (twice, ("evaluated twice", "0.5000", "1.0000", "line 5")),
-    "no rows": (lambda f: (f / "rows.jsonl").write_text("\n"), ("no result yet",)),
-    "no folder": (lambda f: (f / "rows.jsonl").unlink(), ("is no results folder", "phatgoose eval")),
+    "no rows": (lambda f: (f / "rows.jsonl").write_text("\n"), ("no results yet",)),
+    "no folder": (lambda f: (f / "rows.jsonl").unlink(), ("is not a results folder", "phatgoose eval")),
 }
 
 
@@ -156,7 +156,7 @@ def test_broken_folders(tmp_path, name):
 def test_same_data_but_other_examples(tmp_path, ids):
     add_row(tmp_path, "t0ho", "rte", "phatgoose", [1, 0, 0], ids=["a", "b", "b"], data="same")
     add_row(tmp_path, "t0ho", "rte", "arrow", [1, 0, 0], ids=ids, data="same")
-    fails(ResultsError, "another example_ids", action=lambda: read_results([tmp_path]))
+    fails(ResultsError, "different example_ids", action=lambda: read_results([tmp_path]))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root can read every file")

@@ -20,7 +20,7 @@ from phatgoose.analysis.recording import Recording
 from phatgoose.config import BootstrapConfig
 from phatgoose.results.correlation import Correlation, correlate
 from phatgoose.results.names import BEST_INDIVIDUAL, HELD_IN, ORACLE, PAPER
-from phatgoose.results.oracle import label_readers
+from phatgoose.results.oracle import label_oracles
 from phatgoose.results.rows import Result
 
 # of a usage; an expert that no token chose is at a distance of 9.2
@@ -135,7 +135,7 @@ def _scores(recording: Recording, results: Sequence[Result]) -> tuple[Scores, Or
     if len({row.seed for row in rows}) > 1:  # one pool, evaluated more than once
         rows = [row for row in rows if row.seed == header.seed]
     rows = [row for row in rows if row.method not in (ORACLE, BEST_INDIVIDUAL)]
-    made, choices, _ = label_readers(rows)
+    made, choices, _ = label_oracles(rows)
     scores: Scores = {}
     for row in [*rows, *made]:
         scores.setdefault((row.suite, row.task), {})[row.method] = row.score

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from phatgoose.analysis.oracle_distance import AGAINST, ALL, FLOOR, PAPERS_PEARSON
 from phatgoose.analysis.suite_routing import MEASURES, SuiteRouting, entropy, spread
 from phatgoose.analysis.summary import Analysis
-from phatgoose.report.tables import MINUS, NOTHING, Entry, Table, percent, table_lines
+from phatgoose.report.tables import MINUS, NOTHING, Table, TableCell, markdown_lines, percent
 from phatgoose.results.bootstrap import Interval
 
 Array = NDArray[np.float64]
@@ -47,10 +47,10 @@ def overview(analysis: Analysis) -> Table:
     """A line for each suite."""
     rows = []
     for suite in analysis.suites:
-        row = [Entry(suite.suite), Entry(str(len(suite.tasks)))]
+        row = [TableCell(suite.suite), TableCell(str(len(suite.tasks)))]
         row += _entropy_entries([suite], lambda values_RLK: np.nanmean(values_RLK, axis=(1, 2)))
         # of the usage over all sites: what a map of tasks and experts shows
-        row.append(Entry(_number(*spread(np.exp(entropy(suite.usage_RTE)).mean(axis=1)), digits=1)))
+        row.append(TableCell(_number(*spread(np.exp(entropy(suite.usage_RTE)).mean(axis=1)), digits=1)))
         rows.append(row)
     notes = [
         _ENTROPY_NOTE,
@@ -66,11 +66,11 @@ def own_shares(analysis: Analysis) -> Table:
     """Held-in tasks and their own experts."""
     rows = [
         [
-            Entry(one.task),
-            Entry(_percent(one.share, one.share_sd), bold=one.rank == 1),
-            Entry(str(one.rank)),
-            Entry("" if one.rank == 1 else one.leader),
-            Entry("" if one.rank == 1 else percent(one.leader_share)),
+            TableCell(one.task),
+            TableCell(_percent(one.share, one.share_sd), bold=one.rank == 1),
+            TableCell(str(one.rank)),
+            TableCell("" if one.rank == 1 else one.leader),
+            TableCell("" if one.rank == 1 else percent(one.leader_share)),
         ]
         for one in analysis.own
     ]
@@ -100,7 +100,7 @@ def leaders(analysis: Analysis, suite: SuiteRouting) -> Table:
         texts = [f"{analysis.header.experts[e]} {_percent(mean_E[e], None if sd_E is None else sd_E[e])}" for e in best]
         texts += [NOTHING] * (3 - len(texts))
         in_use = _number(*spread(np.exp(entropy(suite.usage_RTE[:, t]))), digits=1)
-        rows.append([Entry(task), *map(Entry, texts), Entry(in_use)])
+        rows.append([TableCell(task), *map(TableCell, texts), TableCell(in_use)])
     notes = ["Mean routing weight over all sites, in %.", *_sd_note(analysis)]
     head = ["task", "first", "second", "third", "experts in use"]
     return _table(f"{suite.suite}: leading experts", head, rows, notes, texts=4)
@@ -115,7 +115,7 @@ def entropies(analysis: Analysis, by: str) -> Table:
         def part(values_RLK: Array, i: int = i) -> Array:
             return np.nanmean(values_RLK[:, :, i] if by == "kind" else values_RLK[:, i], axis=1)
 
-        rows.append([Entry(label), *_entropy_entries(analysis.suites, part)])
+        rows.append([TableCell(label), *_entropy_entries(analysis.suites, part)])
     title = "Entropy by kind of site" if by == "kind" else "Entropy by layer"
     over = "layers" if by == "kind" else "kinds of sites"
     notes = [_ENTROPY_NOTE, f"Mean over the tasks of a suite, the suites and the {over}.", *_sd_note(analysis)]
@@ -128,10 +128,10 @@ def correlations(analysis: Analysis) -> Table:
     rows = []
     for suite, found in analysis.distance.correlations.items():
         for name, one in found.items():
-            row = [Entry(suite), Entry(AGAINST[name]), Entry(str(one.num_tasks))]
+            row = [TableCell(suite), TableCell(AGAINST[name]), TableCell(str(one.num_tasks))]
             for value, interval in ((one.pearson, one.pearson_interval), (one.spearman, one.spearman_interval)):
                 sure = interval is not None and interval.excludes_zero()
-                row += [Entry(_signed(value)), Entry(_limits(interval), bold=sure)]
+                row += [TableCell(_signed(value)), TableCell(_limits(interval), bold=sure)]
             rows.append(row)
     notes = [
         "Correlation over tasks of the distance with the router's score, and with what it is better than the Oracle and"
@@ -152,13 +152,13 @@ def distances(analysis: Analysis) -> Table:
     assert analysis.distance is not None
     rows = [
         [
-            Entry(f"{point.suite}/{point.task}"),
-            Entry(", ".join(dict.fromkeys(point.experts))),
-            Entry(percent(point.usage)),
-            Entry(_number(np.float64(point.kl), None if point.kl_sd is None else np.float64(point.kl_sd))),
-            Entry(percent(point.score)),
-            Entry(percent(point.to_oracle, sign=True)),
-            Entry(NOTHING if point.to_base is None else percent(point.to_base, sign=True)),
+            TableCell(f"{point.suite}/{point.task}"),
+            TableCell(", ".join(dict.fromkeys(point.experts))),
+            TableCell(percent(point.usage)),
+            TableCell(_number(np.float64(point.kl), None if point.kl_sd is None else np.float64(point.kl_sd))),
+            TableCell(percent(point.score)),
+            TableCell(percent(point.to_oracle, sign=True)),
+            TableCell(NOTHING if point.to_base is None else percent(point.to_base, sign=True)),
         ]
         for point in sorted(analysis.distance.points, key=lambda point: point.kl)
     ]
@@ -182,7 +182,7 @@ def markdown(analysis: Analysis) -> str:
         f" {len(analysis.seeds)} {'recording' if len(analysis.seeds) == 1 else 'recordings'}.",
     ]
     for table in all_tables(analysis):
-        lines += ["", *table_lines(table)]
+        lines += ["", *markdown_lines(table)]
     for note in analysis.notes:
         lines += ["", note]
     return "\n".join(lines) + "\n"
@@ -243,7 +243,7 @@ def _entropy_head() -> list[str]:
     return [f"{SHORT[name]}, {unit}" for name in MEASURES for unit in ("nats", "%")]
 
 
-def _entropy_entries(suites: Sequence[SuiteRouting], reduce: Any) -> list[Entry]:
+def _entropy_entries(suites: Sequence[SuiteRouting], reduce: Any) -> list[TableCell]:
     """Nats and per cent of each measure; `reduce` makes (R,) of (R, L, K)."""
     entries = []
     for name in MEASURES:
@@ -251,12 +251,12 @@ def _entropy_entries(suites: Sequence[SuiteRouting], reduce: Any) -> list[Entry]
             np.mean([reduce(getattr(suite.entropies[name], field)) for suite in suites], axis=0)
             for field in ("nats_RLK", "share_RLK")
         ]
-        entries += [Entry(_number(*spread(both[0]))), Entry(_number(*spread(100 * both[1]), digits=1))]
+        entries += [TableCell(_number(*spread(both[0]))), TableCell(_number(*spread(100 * both[1]), digits=1))]
     return entries
 
 
 def _table(
-    title: str, head: list[str], rows: list[list[Entry]], notes: list[str], texts: int | tuple[int, ...]
+    title: str, head: list[str], rows: list[list[TableCell]], notes: list[str], texts: int | tuple[int, ...]
 ) -> Table:
     """`texts`: columns that are no numbers, the first ones or their numbers."""
     columns = range(texts) if isinstance(texts, int) else texts

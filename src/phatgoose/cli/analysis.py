@@ -109,7 +109,7 @@ def analyse(
     from phatgoose.analysis.summary import analyse as work_out
     from phatgoose.analysis.tables import markdown, to_json
     from phatgoose.files import replacing
-    from phatgoose.results.rows import read_results
+    from phatgoose.results.reader import read_results
 
     rows, warnings = read_results(results) if results else ([], [])
     for warning in warnings:

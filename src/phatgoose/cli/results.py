@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from phatgoose.config import BootstrapConfig, RouterConfig
-
-if TYPE_CHECKING:
-    pass
 from phatgoose.report.console import WIDE, print_table
 
 
@@ -33,17 +30,17 @@ def compare(
 ) -> None:
     """Compare evaluated methods, with intervals; write tables and a page with plots."""
     import json
-    from dataclasses import asdict
 
     from phatgoose.errors import ResultsError
 
     try:
         from phatgoose.results.comparison import compare as compare_results
+        from phatgoose.results.comparison import to_json
     except ImportError as error:
         raise ResultsError("compare needs scipy", found=str(error), fix="pip install 'phatgoose[eval]'") from error
     from phatgoose.files import replacing
     from phatgoose.results.page import write_comparison_page
-    from phatgoose.results.rows import read_results
+    from phatgoose.results.reader import read_results
     from phatgoose.results.tables import all_tables, markdown
 
     config = BootstrapConfig(num_resamples=resamples, confidence=confidence, seed=seed)
@@ -72,7 +69,7 @@ def compare(
             f"{folder} cannot be written to", found=str(error), fix="name another folder with --out"
         ) from error
     if as_json:
-        typer.echo(json.dumps(asdict(comparison), ensure_ascii=False))
+        typer.echo(json.dumps(to_json(comparison), ensure_ascii=False))
     else:
         from rich.console import Console
 

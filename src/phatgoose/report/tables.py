@@ -1,4 +1,4 @@
-"""Tables before they have a look: titles, columns and entries, and how Markdown shows them."""
+"""Tables as data, independent of any output: titles, columns, cells; and their Markdown form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ NOTHING = "–"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What stands in one place of a table."""
+class TableCell:
+    """Text of one cell."""
 
     text: str
     bold: bool = False
@@ -20,48 +20,53 @@ class Entry:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """A table before it has a look.
+    """A table, whichever way it is printed.
 
     Attributes:
-        title: what it shows.
-        head: names of the columns.
-        numeric: which columns are set flush right.
-        rows: of the same length as `head`.
-        notes: sentences below it.
-        split_from: a narrow terminal may show the columns from this one on in several parts.
-        short_head: the head with the numbers of the main table for methods.
+        title: what the table shows.
+        head: column names.
+        numeric: per column, whether it is aligned right.
+        rows: cells, one per column of `head`.
+        notes: sentences below the table.
+        split_from: first column that may move to a further part on a narrow terminal; earlier ones are repeated.
+        short_head: column names for a terminal; None for `head`.
     """
 
     title: str
     head: list[str]
     numeric: list[bool]
-    rows: list[list[Entry]]
+    rows: list[list[TableCell]]
     notes: list[str]
     split_from: int
     short_head: list[str] | None = None
 
 
-def percent(share: float, sign: bool = False, digits: int = 1) -> str:
-    """A share of 1 in per cent, without the sign of per cent."""
-    text = f"{100 * share:+.{digits}f}" if sign else f"{100 * share:.{digits}f}"
-    # a rounded zero has no sign
+def percent(fraction: float, sign: bool = False, digits: int = 1) -> str:
+    """A fraction in percent, without the percent sign."""
+    text = f"{100 * fraction:+.{digits}f}" if sign else f"{100 * fraction:.{digits}f}"
+    # a value that rounds to zero has no sign
     return re.sub(r"^[+-](?=[0.]+$)", "", text).replace("-", MINUS)
 
 
-def table_lines(table: Table) -> list[str]:
-    """One table as GitHub reads it, with a heading."""
-    lines = [f"## {plain_text(table.title)}", "", _line(map(plain_text, table.head))]
+def markdown_lines(table: Table) -> list[str]:
+    """A table in GitHub's Markdown: heading, table, notes."""
+    lines = [f"## {escape_markdown(table.title)}", "", _line(map(escape_markdown, table.head))]
     lines.append(_line("---:" if numeric else "---" for numeric in table.numeric))
-    lines += [_line(f"**{plain_text(e.text)}**" if e.bold else plain_text(e.text) for e in row) for row in table.rows]
+    lines += [_line(map(_cell, row)) for row in table.rows]
     for note in table.notes:
-        lines += ["", plain_text(note)]
+        lines += ["", escape_markdown(note)]
     return lines
+
+
+def escape_markdown(text: str) -> str:
+    """Escape what Markdown or HTML would interpret."""
+    return re.sub(r"([\\`*_<>|~]|\](?=\())", r"\\\1", text)
+
+
+def _cell(cell: TableCell) -> str:
+    text = escape_markdown(cell.text)
+    return f"**{text}**" if cell.bold else text
 
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
-
-
-def plain_text(text: str) -> str:
-    """Text in which Markdown and HTML find nothing to read."""
-    return re.sub(r"([\\`*_<>|~]|\](?=\())", r"\\\1", text)

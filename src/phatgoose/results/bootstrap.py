@@ -1,16 +1,17 @@
-"""How sure an average over tasks is: percentile bootstrap intervals.
+"""Percentile bootstrap intervals of an average over tasks.
 
-Two questions, two intervals. Would the number be like this on other tasks of
-the kind? Resample the tasks. Would it be like this on other examples of these
-tasks? Resample the examples within each task. Every method sees the same
-resamples, so the interval of a difference is that of the paired comparison.
+Two intervals answer two questions. How would the average change with other
+tasks of the same kind? Resample the tasks. How would it change with other
+examples of these tasks? Resample the examples within each task. Every method
+gets the same resamples, so the interval of a difference is that of a paired
+comparison.
 
-Percentile and not BCa: it has a value where BCa has none (two methods with the
-same difference on every task), needs no jackknife through an average of many
-tasks, and its limits of a difference are those of the draws that a plot shows.
-BCa mends skewness, but with a dozen tasks it estimates the skewness from a
-dozen numbers. (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
-chapters 13 and 14.)
+Percentile intervals, not BCa: they exist where BCa is undefined (two methods
+with the same difference on every task), need no jackknife through an average of
+many tasks, and the limits of a difference are quantiles of the plotted draws.
+BCa corrects skewness, but with a dozen tasks it estimates the skewness from a
+dozen numbers (Efron and Tibshirani, An Introduction to the Bootstrap, 1993,
+chapters 13 and 14).
 
 Axes: M methods, T tasks, C examples, D draws.
 """
@@ -26,13 +27,13 @@ from scipy import stats
 from phatgoose.config import BootstrapConfig
 
 Array = NDArray[np.float64]
-# Counts of one batch of resamples: 32 MiB in float64.
+# numbers in one batch of resamples: 32 MiB in float64
 BATCH_NUMBERS = 1 << 22
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Limits, in the unit of what was resampled."""
+    """Limits, in the unit of the resampled quantity."""
 
     low: float
     high: float
@@ -43,13 +44,13 @@ class Interval:
 
 
 def over_tasks(scores_T: Array, reference_T: Array | None, config: BootstrapConfig) -> Interval | None:
-    """Interval of the mean over tasks, of one method or of a difference of two.
+    """Interval of the mean over tasks: of one method's scores, or of the difference between two methods.
 
     Args:
-        scores_T: a score for each task.
-        reference_T: the other method's scores on the same tasks; None for the
+        scores_T: scores of the method.
+        reference_T: scores of the other method on the same tasks; None for the
             interval of `scores_T` itself.
-        config: of the bootstrap.
+        config: bootstrap settings.
 
     Returns:
         The interval of mean(scores_T - reference_T); None with fewer than two
@@ -74,27 +75,27 @@ def over_tasks(scores_T: Array, reference_T: Array | None, config: BootstrapConf
 def draw_averages(sums_MC: Array, counts_C: Array, config: BootstrapConfig, rng: np.random.Generator) -> Array:
     """Averages of one task, each over a resample of its examples.
 
-    An example with all its renderings is drawn or not drawn as a whole (a
-    cluster), because the renderings of one example tend to be right together.
+    An example is drawn with all its renderings (as a cluster), because the
+    renderings of one example tend to be right or wrong together.
 
     Args:
         sums_MC: each method's sum of scores over the renderings of an example.
-        counts_C: renderings of each example; at least two examples.
-        config: of the bootstrap; its seed is not read here.
-        rng: to draw from; give the next task the same one, or tasks of one
-            size would be resampled in step.
+        counts_C: number of renderings of each example; at least two examples.
+        config: bootstrap settings; `rng` takes the place of their seed.
+        rng: random generator. Pass the same one for the next task: with equal
+            seeds, tasks of equal size would be resampled in step.
 
     Returns:
-        averages_MD: of row scores, (M, num_resamples).
+        averages_MD: averages of row scores, (M, num_resamples).
     """
     num_examples = len(counts_C)
 
-    # scipy resamples the numbers of the examples and the scores are looked up here, so that one resample serves all
-    # methods: what `paired=True` does, without a copy of the scores for each resample and method.
-    def averages(numbers: NDArray[np.int64], axis: int = -1) -> Array:
-        numbers_DC = np.atleast_2d(numbers)
-        draws = len(numbers_DC)
-        flat = numbers_DC + num_examples * np.arange(draws)[:, None]
+    # scipy resamples indices of examples, and the scores are looked up here, so that one resample serves all methods:
+    # the effect of `paired=True`, without a copy of the scores for each resample and method
+    def averages(indices: NDArray[np.int64], axis: int = -1) -> Array:
+        indices_DC = np.atleast_2d(indices)
+        draws = len(indices_DC)
+        flat = indices_DC + num_examples * np.arange(draws)[:, None]
         times_DC = np.bincount(flat.ravel(), minlength=draws * num_examples).reshape(draws, num_examples)
         times_CD = times_DC.T.astype(np.float64)
         return np.asarray(sums_MC @ times_CD / (counts_C @ times_CD))

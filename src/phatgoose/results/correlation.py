@@ -1,4 +1,4 @@
-"""Correlation over tasks, with an interval.
+"""Correlation over tasks, with bootstrap intervals.
 
 Axes: T tasks, D draws.
 """
@@ -17,19 +17,20 @@ from phatgoose.config import BootstrapConfig
 from phatgoose.results.bootstrap import Interval, percentiles
 
 Array = NDArray[np.float64]
-# Of three points, one resample in nine is the same point three times, and every other of two points is a line.
+# fewest tasks with an interval: of three points, one resample in nine repeats a single point, and two thirds have only
+# two distinct points, which lie on a line
 FEWEST = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Correlation:
-    """Of two numbers that each task has.
+    """Correlation of two quantities over tasks.
 
     Attributes:
-        pearson, spearman: coefficients; NaN if one of the numbers is the same for all tasks.
-        pearson_interval, spearman_interval: if other tasks of the kind had been
-            drawn; None with fewer than `FEWEST` tasks.
-        num_tasks: how many.
+        pearson, spearman: coefficients; NaN if one quantity is the same for all tasks.
+        pearson_interval, spearman_interval: intervals over tasks; None with
+            fewer than `FEWEST` tasks, or where the coefficient is NaN.
+        num_tasks: number of tasks.
     """
 
     pearson: float
@@ -40,7 +41,7 @@ class Correlation:
 
 
 def correlate(x_T: Array, y_T: Array, config: BootstrapConfig) -> Correlation:
-    """Pearson's and Spearman's correlation, with percentile intervals of a paired bootstrap over tasks."""
+    """Pearson and Spearman correlations, with percentile intervals from a paired bootstrap over tasks."""
     return Correlation(
         pearson=float(pearson(x_T, y_T)),
         spearman=float(spearman(x_T, y_T)),
@@ -51,7 +52,7 @@ def correlate(x_T: Array, y_T: Array, config: BootstrapConfig) -> Correlation:
 
 
 def pearson(x: Array, y: Array, axis: int = -1) -> Array:
-    """Pearson's coefficient along an axis; NaN where x or y is constant, to rounding."""
+    """Pearson coefficient along an axis; NaN where x or y is constant up to rounding."""
     x, y = (values - values.mean(axis=axis, keepdims=True) for values in (x, y))
     norms = np.sqrt((x**2).sum(axis=axis) * (y**2).sum(axis=axis))
     products = np.asarray((x * y).sum(axis=axis))
@@ -59,7 +60,7 @@ def pearson(x: Array, y: Array, axis: int = -1) -> Array:
 
 
 def spearman(x: Array, y: Array, axis: int = -1) -> Array:
-    """Pearson's coefficient of the ranks; equal values share the mean of their ranks."""
+    """Pearson coefficient of the ranks; ties share the mean of their ranks."""
     return pearson(stats.rankdata(x, axis=axis), stats.rankdata(y, axis=axis), axis)
 
 
@@ -67,9 +68,9 @@ def _interval(coefficient: Callable[..., Array], x_T: Array, y_T: Array, config:
     if len(x_T) < FEWEST or np.isnan(coefficient(x_T, y_T)):
         return None
     with warnings.catch_warnings():
-        # a resample of one task, again and again, has no correlation: it is left out below
+        # a resample that repeats a single task has no correlation; it is dropped below
         warnings.simplefilter("ignore", stats.DegenerateDataWarning)
-        found = stats.bootstrap(
+        result = stats.bootstrap(
             (x_T, y_T),
             coefficient,
             paired=True,
@@ -78,5 +79,5 @@ def _interval(coefficient: Callable[..., Array], x_T: Array, y_T: Array, config:
             method="percentile",
             rng=np.random.default_rng(config.seed),
         )
-    draws_D = np.asarray(found.bootstrap_distribution)
+    draws_D = np.asarray(result.bootstrap_distribution)
     return percentiles(draws_D[~np.isnan(draws_D)], config)

@@ -1,33 +1,28 @@
-"""Names of methods and suites in results."""
+"""Names of methods and suites, as results have them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
+# prefix of one expert used for everything
 EXPERT = "expert:"
 ORACLE = "Oracle"
 BEST_INDIVIDUAL = "Best Individual"
-# The dataset's own expert: as good as routing by a label of the dataset would be.
+# the dataset's own expert: as good as routing by the dataset's label
 OWN = "own"
-# The base model alone.
+# the base model alone
 BASE = "base"
-# A choice drawn blindly: its mean score, which needs no model.
+# expected score of a random choice; needs no model
 CHANCE = "chance"
-
-
-def is_expert(method: str) -> bool:
-    """Whether a method is one expert for everything."""
-    return method.startswith(EXPERT)
-
-
-def is_told(method: str) -> bool:
-    """Whether a method knows what a user's prompt would not say: labels, or the dataset."""
-    return method in (ORACLE, BEST_INDIVIDUAL, OWN) or is_expert(method)
-
 
 HELD_IN, LEAVE_ONE_OUT = "held-in", "leave-one-out"
 PAPER = ("t0ho", "bbh", "bbl")
 SUITES = (*PAPER, HELD_IN, LEAVE_ONE_OUT)
+
+
+def is_expert(method: str) -> bool:
+    """Whether a method is one expert used for everything."""
+    return method.startswith(EXPERT)
+
+
+def uses_labels(method: str) -> bool:
+    """Whether a method uses what a prompt does not say: the evaluation's labels, or which dataset it is from."""
+    return method in (ORACLE, BEST_INDIVIDUAL, OWN) or is_expert(method)

@@ -1,7 +1,7 @@
-"""Methods that read the evaluation's labels to choose: Oracle and Best Individual.
+"""Label oracles: methods that choose an expert by the evaluation's labels.
 
 Both are made from the rows of single experts ("expert:NAME"). Neither can be
-used on data without labels; they are bounds to compare with (paper section
+used on data without labels: they are upper bounds to compare with (paper section
 4.2: Oracle takes the best expert of each dataset, Best Individual the one
 expert with the best average over the benchmark).
 """
@@ -9,7 +9,7 @@ expert with the best average over the benchmark).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,16 +17,19 @@ import numpy as np
 from phatgoose.results.names import BEST_INDIVIDUAL, EXPERT, ORACLE, is_expert
 from phatgoose.results.rows import Result
 
+# method "expert:NAME" -> task -> its row
+ExpertRows = Mapping[str, Mapping[str, Result]]
+
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Which expert a method that reads labels took.
+class ExpertChoice:
+    """The expert that a label oracle chose.
 
     Attributes:
-        suite, method, seed: where.
-        task: None if the choice holds for the whole suite.
-        expert: its name.
-        num_experts: among how many it was chosen.
+        suite, method, seed: the method's rows.
+        task: the task; None if the choice holds for the whole suite.
+        expert: name of the chosen expert.
+        num_experts: number of candidates.
     """
 
     suite: str
@@ -37,65 +40,75 @@ class Choice:
     num_experts: int
 
 
-def label_readers(results: Iterable[Result]) -> tuple[list[Result], list[Choice], list[str]]:
+Chosen = tuple[ExpertChoice, Sequence[Result]]
+
+
+def label_oracles(results: Iterable[Result]) -> tuple[list[Result], list[ExpertChoice], list[str]]:
     """Oracle and Best Individual for each suite and seed that has rows of single experts.
 
-    An expert without a row for a task (a dataset's own expert is masked in
-    leave-one-out) cannot be chosen there. Best Individual is only made of
-    experts that have all tasks of the suite; of equally good experts, the
-    first by name is taken.
+    An expert without a row for a task cannot be chosen there (in leave-one-out,
+    a dataset's own expert is masked). Candidates for Best Individual have all
+    tasks of the suite. Ties go to the first expert by name.
 
     Returns:
-        The new cells, what was chosen, and notes on suites where not every
-        expert could be a candidate.
+        The oracles' rows, their choices, and notes on suites where some expert
+        was not a candidate.
     """
-    groups: dict[tuple[str, int], dict[str, dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
+    experts: dict[tuple[str, int], dict[str, dict[str, Result]]] = defaultdict(lambda: defaultdict(dict))
     present: dict[str, set[str]] = defaultdict(set)
     tasks: dict[str, set[str]] = defaultdict(set)
     for result in results:
         present[result.suite].add(result.method)
         tasks[result.suite].add(result.task)
         if is_expert(result.method):
-            groups[result.suite, result.seed][result.method][result.task] = result
-    cells: list[Result] = []
-    choices: list[Choice] = []
-    notes: dict[str, list[str]] = defaultdict(list)
-    for (suite, seed), experts in sorted(groups.items()):
-        made: list[tuple[Choice, Sequence[Result]]] = []
+            experts[result.suite, result.seed][result.method][result.task] = result
+    rows: list[Result] = []
+    choices: list[ExpertChoice] = []
+    seeds: dict[str, list[str]] = defaultdict(list)
+    for (suite, seed), own in sorted(experts.items()):
+        chosen: list[Chosen] = []
+        notes: list[str] = []
         if ORACLE not in present[suite]:
-            made += [_oracle(suite, seed, task, experts) for task in sorted(set().union(*experts.values()))]
-            fewest = min(choice.num_experts for choice, _ in made)
-            if fewest < len(experts):
-                note = f"{ORACLE} on {suite} had only {fewest} of {len(experts)} experts to choose from on some tasks"
-                notes[note].append(str(seed))
+            chosen += _oracle(suite, seed, own, notes)
         if BEST_INDIVIDUAL not in present[suite]:
-            complete = {name: rows for name, rows in experts.items() if rows.keys() == tasks[suite]}
-            if len(complete) < len(experts):
-                note = f"{BEST_INDIVIDUAL} on {suite} is missing: no expert has all its tasks"
-                if complete:
-                    note = f"{BEST_INDIVIDUAL} on {suite} was chosen among {len(complete)} of {len(experts)} experts"
-                    note += ": the others lack tasks"
-                notes[note].append(str(seed))
-            if complete:
-                made.append(_best_individual(suite, seed, complete))
-        for choice, chosen in made:
+            chosen += _best_individual(suite, seed, own, tasks[suite], notes)
+        for choice, cells in chosen:
             choices.append(choice)
-            cells += [replace(cell, method=choice.method, config=None) for cell in chosen]
-    return cells, choices, [f"{note} (seed {', '.join(seeds)})." for note, seeds in notes.items()]
+            rows += [replace(cell, method=choice.method, config=None) for cell in cells]
+        for note in notes:
+            seeds[note].append(str(seed))
+    return rows, choices, [f"{note} (seed {', '.join(numbers)})." for note, numbers in seeds.items()]
 
 
-def _oracle(suite: str, seed: int, task: str, experts: dict[str, dict[str, Result]]) -> tuple[Choice, list[Result]]:
-    candidates = {name: cells[task] for name, cells in sorted(experts.items()) if task in cells}
-    best = max(candidates, key=lambda name: candidates[name].score)
-    return _choice(suite, ORACLE, seed, task, best, len(candidates)), [candidates[best]]
+def _oracle(suite: str, seed: int, experts: ExpertRows, notes: list[str]) -> list[Chosen]:
+    """The best expert of each task."""
+    chosen: list[Chosen] = []
+    for task in sorted(set().union(*experts.values())):
+        candidates = {name: cells[task] for name, cells in sorted(experts.items()) if task in cells}
+        best = max(candidates, key=lambda name: candidates[name].score)
+        chosen.append((_choice(suite, ORACLE, seed, task, best, len(candidates)), [candidates[best]]))
+    fewest = min(choice.num_experts for choice, _ in chosen)
+    if fewest < len(experts):
+        notes.append(f"{ORACLE} on {suite} had only {fewest} of {len(experts)} experts to choose from on some tasks")
+    return chosen
 
 
-def _best_individual(suite: str, seed: int, experts: dict[str, dict[str, Result]]) -> tuple[Choice, list[Result]]:
-    averages = {name: np.mean([cell.score for cell in cells.values()]) for name, cells in sorted(experts.items())}
+def _best_individual(suite: str, seed: int, experts: ExpertRows, tasks: set[str], notes: list[str]) -> list[Chosen]:
+    """The expert with the best average among those that have all tasks; nothing if there is none."""
+    complete = {name: rows for name, rows in sorted(experts.items()) if rows.keys() == tasks}
+    if not complete:
+        notes.append(f"{BEST_INDIVIDUAL} on {suite} is missing: no expert has all its tasks")
+        return []
+    if len(complete) < len(experts):
+        notes.append(
+            f"{BEST_INDIVIDUAL} on {suite} was chosen among {len(complete)} of {len(experts)} experts:"
+            " the others lack tasks"
+        )
+    averages = {name: np.mean([cell.score for cell in cells.values()]) for name, cells in complete.items()}
     best = max(averages, key=lambda name: averages[name])
-    return _choice(suite, BEST_INDIVIDUAL, seed, None, best, len(averages)), list(experts[best].values())
+    return [(_choice(suite, BEST_INDIVIDUAL, seed, None, best, len(averages)), list(complete[best].values()))]
 
 
-def _choice(suite: str, method: str, seed: int, task: str | None, best: str, num_experts: int) -> Choice:
+def _choice(suite: str, method: str, seed: int, task: str | None, best: str, num_experts: int) -> ExpertChoice:
     expert = best.removeprefix(EXPERT)
-    return Choice(suite=suite, method=method, seed=seed, task=task, expert=expert, num_experts=num_experts)
+    return ExpertChoice(suite=suite, method=method, seed=seed, task=task, expert=expert, num_experts=num_experts)

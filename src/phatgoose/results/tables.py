@@ -1,49 +1,50 @@
 """A comparison as tables, and the tables as Markdown.
 
-Scores and limits are in per cent, differences in points of them.
+Scores and limits are in percent, differences in percentage points.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from phatgoose.report.tables import MINUS, NOTHING, Entry, Table, percent, plain_text, table_lines
+from phatgoose.report.tables import MINUS, NOTHING, Table, TableCell, escape_markdown, markdown_lines, percent
 from phatgoose.results.bootstrap import Interval
-from phatgoose.results.comparison import TIE, Average, Comparison, Difference, SuiteComparison
+from phatgoose.results.comparison import Comparison
+from phatgoose.results.suite_comparison import TIE, Average, Difference, SuiteComparison
 
-TOLD, LACKS = "‡", "†"
+BOUND, LACKS = "‡", "†"
 
 
 def limits(interval: Interval | None) -> str:
-    """Both limits in per cent; one that rounds to zero keeps its sign, which says on which side of zero it lies."""
+    """Both limits in percent; a limit that rounds to zero keeps its sign, which tells its side of zero."""
     if interval is None:
         return NOTHING
     return f"[{100 * interval.low:.1f}, {100 * interval.high:.1f}]".replace("-", MINUS)
 
 
 def marked(method: str, average: Average | None) -> str:
-    """A method's name with the marks that the notes explain."""
+    """A method's name, followed by the marks that the notes explain."""
     if average is None:
         return method
-    return method + (f" {TOLD}" if average.told else "") + (f" {LACKS}" if average.missing else "")
+    return method + (f" {BOUND}" if average.uses_labels else "") + (f" {LACKS}" if average.missing else "")
 
 
 def main_table(comparison: Comparison) -> Table:
-    """Methods × suites: macro averages."""
+    """Macro averages: methods × suites."""
     rows = []
     for number, method in enumerate(comparison.methods, 1):
         averages = [suite.averages.get(method) for suite in comparison.suites]
-        # told on one suite is told on all; what is lacking stands in the suite's own place
-        told = any(average is not None and average.told for average in averages)
-        row = [Entry(str(number)), Entry(f"{method} {TOLD}" if told else method)]
+        # a method that uses labels does so on every suite; tasks may be lacking on one of them only
+        bound = any(average is not None and average.uses_labels for average in averages)
+        row = [TableCell(str(number)), TableCell(f"{method} {BOUND}" if bound else method)]
         for suite, average in zip(comparison.suites, averages, strict=True):
-            row.append(Entry(_main(suite, average), bold=method in suite.best))
+            row.append(TableCell(_main(suite, average), bold=method in suite.best))
         rows.append(row)
     config = comparison.bootstrap
     notes = [
-        f"Macro averages in per cent, with {_confidence(config.confidence)} intervals over examples"
+        f"Macro averages in percent, with {_confidence(config.confidence)} intervals over examples"
         f" (other examples of the same tasks; {config.num_resamples:,} resamples). Bold: the best of the methods that"
-        " can be used and have all tasks.",
+        " use no labels and have all tasks.",
         *_marks(comparison.suites),
         *comparison.notes,
     ]
@@ -70,12 +71,12 @@ def _averages(suite: SuiteComparison) -> Table:
     several = any(len(average.seeds) > 1 for average in suite.averages.values())
     rows = [
         [
-            Entry(marked(method, average), bold=method in suite.best),
-            Entry(percent(average.score), bold=method in suite.best),
-            Entry(limits(average.over_examples)),
-            Entry(limits(average.over_tasks)),
-            Entry(_of(average.num_tasks, len(suite.tasks))),
-            *([Entry(str(len(average.seeds))), Entry(_sd(average.seed_sd))] if several else []),
+            TableCell(marked(method, average), bold=method in suite.best),
+            TableCell(percent(average.score), bold=method in suite.best),
+            TableCell(limits(average.over_examples)),
+            TableCell(limits(average.over_tasks)),
+            TableCell(_of(average.num_tasks, len(suite.tasks))),
+            *([TableCell(str(len(average.seeds))), TableCell(_sd(average.seed_sd))] if several else []),
         ]
         for method, average in suite.averages.items()
     ]
@@ -107,7 +108,7 @@ def _differences(comparison: Comparison, suite: SuiteComparison) -> Table:
         *(["sd"] if several else []),
     ]
     notes = [
-        "In points of per cent, on the tasks that both have. Bold: the interval leaves out zero; with many intervals,"
+        "In percentage points, on the tasks that both have. Bold: the interval excludes zero; with many intervals,"
         " some do so by chance.",
         *([_SD] if several else []),
     ]
@@ -116,17 +117,17 @@ def _differences(comparison: Comparison, suite: SuiteComparison) -> Table:
     return Table(title=title, head=head, numeric=numeric, rows=rows, notes=notes, split_from=1)
 
 
-def _difference(suite: SuiteComparison, method: str, difference: Difference, several: bool) -> list[Entry]:
+def _difference(suite: SuiteComparison, method: str, difference: Difference, several: bool) -> list[TableCell]:
     return [
-        Entry(marked(method, suite.averages[method])),
-        Entry(percent(difference.score, sign=True)),
+        TableCell(marked(method, suite.averages[method])),
+        TableCell(percent(difference.score, sign=True)),
         *(
-            Entry(limits(interval), bold=interval is not None and interval.excludes_zero())
+            TableCell(limits(interval), bold=interval is not None and interval.excludes_zero())
             for interval in (difference.over_examples, difference.over_tasks)
         ),
-        Entry(f"{difference.wins}/{difference.losses}/{difference.ties}"),
-        Entry(_of(difference.num_tasks, len(suite.tasks))),
-        *([Entry(_sd(difference.seed_sd))] if several else []),
+        TableCell(f"{difference.wins}/{difference.losses}/{difference.ties}"),
+        TableCell(_of(difference.num_tasks, len(suite.tasks))),
+        *([TableCell(_sd(difference.seed_sd))] if several else []),
     ]
 
 
@@ -137,13 +138,13 @@ def _scores(comparison: Comparison, suite: SuiteComparison) -> Table:
         usable = [
             suite.scores[method][task]
             for method in methods
-            if task in suite.scores[method] and not suite.averages[method].told
+            if task in suite.scores[method] and not suite.averages[method].uses_labels
         ]
-        row = [Entry(task), Entry(metric)]
+        row = [TableCell(task), TableCell(metric)]
         for method in methods:
             score = suite.scores[method].get(task)
-            best = score is not None and not suite.averages[method].told and score > max(usable) - TIE
-            row.append(Entry(NOTHING if score is None else percent(score), bold=best))
+            best = score is not None and not suite.averages[method].uses_labels and score > max(usable) - TIE
+            row.append(TableCell(NOTHING if score is None else percent(score), bold=best))
         rows.append(row)
     head = ["task", "metric", *(marked(method, suite.averages[method]) for method in methods)]
     short = [marked(str(comparison.methods.index(method) + 1), suite.averages[method]) for method in methods]
@@ -170,15 +171,17 @@ def _main(suite: SuiteComparison, average: Average | None) -> str:
 def _marks(suites: Iterable[SuiteComparison]) -> list[str]:
     averages = [average for suite in suites for average in suite.averages.values()]
     notes = []
-    if any(average.told for average in averages):
-        notes.append(f"{TOLD} uses the evaluation's labels, or is told the dataset: a bound, not a method to use.")
+    if any(average.uses_labels for average in averages):
+        notes.append(
+            f"{BOUND} uses the evaluation's labels, or knows the dataset: an upper bound, not a usable method."
+        )
     if any(average.missing for average in averages):
-        notes.append(f"{LACKS} lacks tasks of the suite: its average stands on other tasks than those beside it.")
+        notes.append(f"{LACKS} lacks tasks of the suite: its average is over other tasks than the averages beside it.")
     return notes
 
 
 def _at_chance(suite: SuiteComparison) -> list[str]:
-    """A sentence about tasks that are too hard for all."""
+    """A sentence about the tasks on which no method is above chance."""
     if not suite.at_chance:
         return []
     names = ", ".join(suite.at_chance)
@@ -202,12 +205,12 @@ def _confidence(share: float) -> str:
 
 
 def markdown(comparison: Comparison) -> str:
-    """All tables as GitHub reads them."""
+    """All tables in GitHub's Markdown."""
     lines = [
         "# Comparison",
         "",
-        f"Base model: {plain_text(', '.join(comparison.bases))}. Pool: {plain_text(', '.join(comparison.pools))}.",
+        escape_markdown(f"Base model: {', '.join(comparison.bases)}. Pool: {', '.join(comparison.pools)}."),
     ]
     for table in all_tables(comparison):
-        lines += ["", *table_lines(table)]
+        lines += ["", *markdown_lines(table)]
     return "\n".join(lines) + "\n"
