@@ -16,7 +16,6 @@ import argparse
 import gzip
 import json
 import multiprocessing
-import random
 import re
 import shutil
 import time
@@ -28,14 +27,15 @@ from typing import Any
 
 import torch
 from demo_pool import DATASETS
+from demo_scores import score
 from demo_variants import PLANS, Variant
 
 from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
 from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.data.examples import Example, read_examples
+from phatgoose.data.sampling import sample
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.inference.scoring import score
 from phatgoose.models.base import load_base, load_tokenizer
 from phatgoose.routing.model import RoutedModel
 from phatgoose.training.single import train_adapter, train_gate
@@ -174,7 +174,7 @@ def training_rows(path: Path) -> dict[str, list[Example]]:
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         ids = [row["example_id"] for row in map(json.loads, lines) if row["split"] == "train"]
     different = sorted(set(ids))
-    held = set(random.Random(1).sample(different, round(HOLDOUT * len(different))))
+    held = set(sample(different, round(HOLDOUT * len(different)), seed=1))
     rows = read_examples(str(path), "train")
     numbered = list(zip(ids, rows, strict=True))
     return {
@@ -206,7 +206,7 @@ def score_variant(args: argparse.Namespace, dataset: str, variant: Variant | Non
         chosen = "" if variant is None else variant.name if name == dataset else variant.others
         pool.add(variant_folder(args, name, chosen) if chosen else present.expert(name).folder)
     everything = read_examples(str(args.data / f"{dataset}.jsonl.gz"), split)
-    rows = random.Random(1).sample(everything, min(args.examples, len(everything)))
+    rows = sample(everything, args.examples, seed=1)
 
     row["base"] = asdict(score(model, encoder, rows, batch_tokens=8192))
     routed = RoutedModel.from_pool(model, pool.subset([dataset]), top_k=1)

@@ -16,18 +16,19 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import random
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from demo_scores import Score, score
+
 from phatgoose.config import AdapterTrainingConfig, GateConfig, TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import read_examples
+from phatgoose.data.sampling import sample
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.inference.scoring import Score, score
 from phatgoose.models.base import load_base, load_tokenizer
 from phatgoose.routing.model import RoutedModel
 from phatgoose.training.single import train_adapter, train_gate
@@ -130,7 +131,7 @@ def score_pool(args: argparse.Namespace, pool: Pool) -> dict[str, dict[str, dict
     rows = {}
     for name in args.datasets:
         everything = read_examples(str(args.data / f"{name}.jsonl.gz"), "validation")
-        rows[name] = random.Random(1).sample(everything, min(args.examples, len(everything)))
+        rows[name] = sample(everything, args.examples, seed=1)
 
     results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in args.datasets}
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import gzip
+import importlib
 import json
+import math
 import runpy
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from helpers.data import as_text, make_data, token_ids
 from helpers.grids import make_grid
-from helpers.models import llama, make_base
+from helpers.models import llama, make_base, make_tokenizer
+from phatgoose.config import TextConfig
+from phatgoose.data.encoder import Encoder
+from phatgoose.data.examples import Example
 from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.pool import Pool
 from phatgoose.results.reader import read_results
@@ -72,10 +78,34 @@ def test_demo_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
     before = times(out)
     monkeypatch.setattr(sys, "argv", args)
+    monkeypatch.syspath_prepend(RECIPES)
     runpy.run_path(args[0], run_name="__main__")
     assert "are done" not in capsys.readouterr().out
     assert times(out) == before
     assert json.loads((out / "scores.json").read_text()) == scores
+
+
+def test_demo_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One mean over all target tokens, not a mean of the examples' means; accuracy over those with choices."""
+    monkeypatch.syspath_prepend(RECIPES)
+    score = importlib.import_module("demo_scores").score
+    model = llama()
+    encoder = Encoder(make_tokenizer(), model.config, TextConfig())
+    short, long = Example(input="<5>", target=""), Example(input="<5>", target=as_text(token_ids(20, seed=1).tolist()))
+    one, other, both = (score(model, encoder, some, batch_tokens=99) for some in ([short], [long], [short, long]))
+    assert both.loss == pytest.approx((one.loss + 21 * other.loss) / 22, rel=1e-5)
+    assert not math.isclose(both.loss, (one.loss + other.loss) / 2, rel_tol=1e-3)
+    assert (both.accuracy, both.num_examples, both.num_choices) == (None, 2, 0)
+
+    texts = [as_text(token_ids(1 + i % 3, seed=i).tolist()) for i in range(24)]
+    asked = [Example(input=texts[i], target=texts[i + 1], choices=tuple(texts[i + 1 : i + 4])) for i in range(20)]
+    means = [
+        score(model, encoder, [replace(row, target=c)], batch_tokens=99).loss for row in asked for c in row.choices
+    ]
+    right = [means[i] == min(means[i : i + 3]) for i in range(0, len(means), 3)]
+    assert 0 < sum(right) < len(right)  # else accuracy says nothing
+    whole = score(model, encoder, [short, *asked, long], batch_tokens=99)
+    assert (whole.accuracy, whole.num_examples, whole.num_choices) == (sum(right) / len(right), 22, 20)
 
 
 def test_ocean(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import random
 from dataclasses import asdict
 
 from filelock import FileLock, Timeout
@@ -15,6 +14,7 @@ from training import TEXT, datasets
 from phatgoose.analysis.recorder import record_tasks
 from phatgoose.config import EvaluationConfig, RecordingConfig
 from phatgoose.data.encoder import Encoder
+from phatgoose.data.sampling import sample
 from phatgoose.evaluation.grid import Cell, evaluate, plan, with_data
 from phatgoose.evaluation.methods import MULTITASK, parse_methods
 from phatgoose.evaluation.suites import load_tasks
@@ -60,7 +60,7 @@ def pool_of(args: argparse.Namespace, seed: int, grid: Grid) -> Pool | None:
     if grid.variant is not None and not folder.exists():
         return None
     pool = Pool.open(folder)
-    order = random.Random(0).sample(pool.names, len(pool))
+    order = sample(pool.names, len(pool), seed=0)
     return pool if grid.experts is None else pool.subset(sorted(order[: grid.experts]))
 
 

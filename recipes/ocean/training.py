@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from grids import GATES, JOINT
 from times import timed
 
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, TextConfig
+from phatgoose.data.sampling import sample
 from phatgoose.evaluation.methods import MULTITASK
 from phatgoose.experts.adapter import CONFIG_FILE, WEIGHTS_FILE
 from phatgoose.experts.embeddings import SentenceEncoder, save_example_embeddings
@@ -99,14 +99,14 @@ class Training:
         """One for each dataset; 128 rows tell well enough which checkpoint is the best."""
         files = [self.args.data / "t0hi" / f"{name}.jsonl.gz" for name in datasets(self.args)]
         jobs = read_jobs(files, out, "train", "validation")
-        return [replace(job, validation=some(job.validation, 128)) for job in jobs]
+        return [replace(job, validation=sample(job.validation, 128, seed=0)) for job in jobs]
 
     def multitask(self, jobs: Sequence[TrainingJob]) -> None:
         """One adapter for all datasets."""
         union = TrainingJob(
             folder=self.folder / MULTITASK,
             examples=list(chain.from_iterable(job.examples for job in jobs)),
-            validation=list(chain.from_iterable(some(job.validation, 16) for job in jobs)),
+            validation=list(chain.from_iterable(sample(job.validation, 16, seed=0) for job in jobs)),
         )
         steps = self.args.multitask_steps
         config = replace(
@@ -144,8 +144,3 @@ def link_adapter(source: Path, folder: Path) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         os.link(source / name, unfinished / name)
     unfinished.rename(folder)
-
-
-def some(rows: Sequence[Any], number: int) -> Sequence[Any]:
-    """A sample, the same in every run."""
-    return random.Random(0).sample(rows, min(number, len(rows)))

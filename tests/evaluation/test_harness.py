@@ -21,12 +21,11 @@ from helpers.models import MODELS, llama, make_base, make_tokenizer
 from helpers.pools import make_pool
 from phatgoose.config import TextConfig
 from phatgoose.data.encoder import Encoder
-from phatgoose.data.examples import Example
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.evaluation.harness import PoolLM, RoutedLM
 from phatgoose.evaluation.suites import TASKS
 from phatgoose.inference.generation import GenerationConfig, answer
-from phatgoose.inference.scoring import score
+from phatgoose.inference.scoring import target_losses
 from phatgoose.routing.model import RoutedModel
 
 KINDS = ["llama", "t5"]
@@ -39,6 +38,11 @@ def request(kind: str, *arguments: Any) -> Instance:
 
 def make_encoder(model: Any) -> Encoder:
     return Encoder(make_tokenizer(), model.config, TextConfig(separator=" <3> "))
+
+
+def mean_loss(model: Any, coder: Encoder, prompt: str, target: str) -> float:
+    pair = coder.prompt(prompt), coder.target(target)
+    return target_losses(model, coder, [pair])[0] / len(pair[1])
 
 
 @pytest.fixture
@@ -69,7 +73,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_routed", [False, True])
 def test_target_loss_and_answer(kind: str, is_routed: bool, tmp_path: Path) -> None:
-    """As `score` and `answer` say of one text at a time."""
+    """As `target_losses` and `answer` say of one text at a time."""
     model: Any = MODELS[kind]()
     if is_routed:
         model = RoutedModel.from_pool(model, make_pool(MODELS[kind], tmp_path))
@@ -78,7 +82,7 @@ def test_target_loss_and_answer(kind: str, is_routed: bool, tmp_path: Path) -> N
     pairs = [(text, as_text(token_ids(i % 4, seed=50 + i).tolist())) for i, text in enumerate(TEXTS)]
     pairs += [(TEXTS[0], as_text([9])), (TEXTS[0], as_text([9, 10]))]
     found = lm.target_loss([request("target_loss", *pair) for pair in pairs])
-    expected = [score(model, coder, [Example(input=text, target=target)]).loss for text, target in pairs]
+    expected = [mean_loss(model, coder, *pair) for pair in pairs]
     assert found == pytest.approx(expected, rel=1e-5)
     asked = [(text, 3 + 2 * (i % 2)) for i, text in enumerate(TEXTS)]
     written = lm.answer([request("answer", *pair) for pair in asked])
@@ -149,10 +153,11 @@ def test_the_suites_run_through_lm_eval(here: Path) -> None:
     assert report is not None
     model = RoutedModel.from_pool(llama(), PoolLM("pool").routed.pool)
     coder = Encoder(make_tokenizer(), model.config, TextConfig(separator="<3>"))
-    examples = [
-        Example(input=row["input"], target=row["choices"][row["label"]], choices=tuple(row["choices"])) for row in rows
-    ]
-    assert report["results"]["t0ho_rte"]["score,none"] == score(model, coder, examples).accuracy
+    right = []
+    for row in rows:
+        losses = [mean_loss(model, coder, row["input"], choice) for choice in row["choices"]]
+        right.append(losses.index(min(losses)) == row["label"])
+    assert report["results"]["t0ho_rte"]["score,none"] == sum(right) / len(right)
 
 
 def test_what_cannot_run_fails_first(here: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from helpers.pools import make_pool
 from phatgoose.config import GenerationConfig, TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import Example
+from phatgoose.evaluation.suites.metrics import rank_classification
 from phatgoose.inference.generation import answers
-from phatgoose.inference.scoring import score, target_losses, target_scores
+from phatgoose.inference.scoring import target_losses, target_scores
 from phatgoose.routing.model import RoutedModel
 
 KINDS = ["llama", "t5"]
@@ -57,25 +57,28 @@ def plain_loss(model: Any, coder: Encoder, prompt: str, answer: str) -> tuple[fl
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("is_routed", [False, True])
-def test_score_is_the_plain_loop(kind: str, is_routed: bool, tmp_path: Path) -> None:
+def test_losses_are_those_of_the_plain_loop(kind: str, is_routed: bool, tmp_path: Path) -> None:
     model = MODELS[kind]()
     if is_routed:
         model = RoutedModel.from_pool(model, make_pool(MODELS[kind], tmp_path))
-    coder, total, tokens, right = encoder(model), 0.0, 0, []
-    for example in examples():
-        loss, count = plain_loss(model, coder, example.input, example.target)
-        total, tokens = total + loss, tokens + count
-        if example.choices:
-            means = [
-                loss / count for loss, count in (plain_loss(model, coder, example.input, c) for c in example.choices)
-            ]
-            right.append(example.choices[means.index(min(means))] == example.target)
-    assert 0 < sum(right) < len(right)  # else accuracy says nothing
+    coder = encoder(model)
+    texts = [(one.input, target) for one in examples() for target in (one.target, *(one.choices or ()))]
+    plain = [plain_loss(model, coder, *pair) for pair in texts]
+    pairs = [(coder.prompt(prompt), coder.target(target)) for prompt, target in texts]
+    losses = target_losses(model, coder, pairs)
+    assert losses == pytest.approx([loss for loss, _ in plain], rel=1e-5)
 
-    found = score(model, coder, examples())
-    assert found.loss == pytest.approx(total / tokens, rel=1e-5)
-    assert found.accuracy == sum(right) / len(right)
-    assert (found.num_examples, found.num_choices) == (16, 12)
+    right, at = [], 0
+    for example in examples():
+        own = slice(at + 1, at + 1 + len(example.choices or ()))
+        if example.choices:
+            means = [loss / count for loss, count in plain[own]]
+            right.append(example.choices[means.index(min(means))] == example.target)
+            means = [loss / len(target) for loss, (_, target) in zip(losses[own], pairs[own], strict=True)]
+            assert rank_classification(example.choices, means, [example.target]) == right[-1]
+        at = own.stop
+    assert at == len(pairs) and len(right) == 12
+    assert 0 < sum(right) < len(right)  # else the choices say nothing
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -163,15 +166,3 @@ def test_greedy_targets(kind: str) -> None:
     others = [token for token in range(3, 9) if token != best]
     pairs = [(prompt, [token]) for token in (best, *others)] + [(prompt, [best, others[0], others[0]])]
     assert [found.greedy for found in target_scores(model, coder, pairs)] == [True] + [False] * (len(others) + 1)
-
-
-def test_loss_of_long_targets_counts_per_token() -> None:
-    """One mean over all tokens, not a mean of the examples' means."""
-    model = MODELS["llama"]()
-    coder = encoder(model)
-    short, long = Example(input="<5>", target=""), Example(input="<5>", target=text(20, 1))
-    one, other = (score(model, coder, [example]).loss for example in (short, long))
-    both = score(model, coder, [short, long])
-    assert both.loss == pytest.approx((one + 21 * other) / 22, rel=1e-5)
-    assert both.accuracy is None
-    assert not math.isclose(both.loss, (one + other) / 2, rel_tol=1e-3)

@@ -13,7 +13,7 @@ weights and two entropies).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 from phatgoose.analysis.recording import RecordingFolder, RecordingHeader
 from phatgoose.analysis.task_routing import Array, TaskRouting
 from phatgoose.config import RecordingConfig
+from phatgoose.data.batching import by_length
 from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.errors import BaseModelError, RouterError
 from phatgoose.evaluation.methods import Method
@@ -206,7 +207,7 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
     }
     options = _without_logits(model)
     with model.without(masked) if masked else nullcontext():
-        for numbers in _batches(rows, batch_tokens):
+        for numbers in by_length([max(map(len, _texts(row))) for row in rows], max_positions=batch_tokens):
             batch = encoder.collate([rows[i] for i in numbers])
             labels_BS, mask_BS = batch.pop("labels"), batch["attention_mask"]
             streams = {INPUT: mask_BS, OUTPUT: (labels_BS != IGNORED).long()}
@@ -229,19 +230,6 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
         entropy_chosen_M=means_MV[:, -1],
         usable_M=usable_M,
     )
-
-
-def _batches(rows: Sequence[EncodedRow], batch_tokens: int) -> Iterator[list[int]]:
-    """Numbers of rows, the longest first, in batches of like length."""
-    lengths = [max(len(ids) for ids in _texts(row)) for row in rows]
-    batch: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(i)
-    if batch:
-        yield batch
 
 
 def _texts(row: EncodedRow) -> list[list[int]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import random
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from phatgoose.data.examples import Example, fingerprint
+from phatgoose.data.sampling import sample
 from phatgoose.errors import PrototypeError
 from phatgoose.experts.provenance import FORMAT, EmbeddingsProvenance
 from phatgoose.files import replacing
@@ -158,13 +158,13 @@ def save_example_embeddings(
     Raises:
         PrototypeError: the sentence encoder cannot be loaded.
     """
-    sample = random.Random(seed).sample(list(examples), min(num_examples, len(examples)))
+    chosen = sample(examples, num_examples, seed)
     encoder = encoder or SentenceEncoder()
-    embeddings_MD = encoder.embed([example.input.strip() for example in sample])
+    embeddings_MD = encoder.embed([example.input.strip() for example in chosen])
     provenance = EmbeddingsProvenance(
         encoder=encoder.name,
-        data=fingerprint(sample),
-        num_examples=len(sample),
+        data=fingerprint(chosen),
+        num_examples=len(chosen),
         seed=seed,
     )
     save_embeddings(folder, embeddings_MD, provenance)

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import set_seed
 
 from phatgoose.config import GenerationConfig
+from phatgoose.data.batching import by_length
 from phatgoose.data.encoder import Encoder, pad
 from phatgoose.inference.scoring import routed_prompts
 from phatgoose.routing.model import RoutedModel
@@ -69,19 +70,19 @@ def answers(
         One answer a text, in the order of `texts`.
     """
     prompts = encoder.prompts(texts)
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    found: dict[int, Answer] = {}
-    start = 0
-    while start < len(order):
-        positions = config.num_beams * (len(prompts[order[start]]) + config.max_new_tokens)
-        batch = order[start : start + (1 if config.sample else max(1, batch_tokens // positions))]
+    lengths = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    beams = [config.num_beams] * len(prompts)
+    by_number: dict[int, Answer] = {}
+    for numbers in by_length(
+        lengths, num_sequences=beams, max_positions=batch_tokens, max_items=1 if config.sample else None
+    ):
         set_seed(config.seed)
-        masked = [without[i] for i in batch] if without else ()
-        found.update(zip(batch, _generate(model, encoder, [prompts[i] for i in batch], config, masked), strict=True))
-        start += len(batch)
+        masked = [without[i] for i in numbers] if without else ()
+        written = _generate(model, encoder, [prompts[i] for i in numbers], config, masked)
+        by_number.update(zip(numbers, written, strict=True))
         if on_batch is not None:
-            on_batch(len(batch))
-    return [found[i] for i in range(len(prompts))]
+            on_batch(len(numbers))
+    return [by_number[i] for i in range(len(prompts))]
 
 
 def _generate(
@@ -106,17 +107,17 @@ def _generate(
         )
     # an encoder-decoder model's output begins with its start token, a decoder-only model's with the prompt
     begin = 1 if encoder.encoder_decoder else input_ids_BS.shape[1]
-    found = []
+    written = []
     for prompt_ids, output_ids in zip(prompts, output_ids_BS.tolist(), strict=True):
         answer_ids = output_ids[begin:]
         if encoder.eos_id in answer_ids:  # what follows is padding
             answer_ids = answer_ids[: answer_ids.index(encoder.eos_id) + 1]
-        found.append(Answer(prompt_ids=prompt_ids, answer_ids=answer_ids, text=encoder.decode(answer_ids).strip()))
-    return found
+        written.append(Answer(prompt_ids=prompt_ids, answer_ids=answer_ids, text=encoder.decode(answer_ids).strip()))
+    return written
 
 
 def traced_answer(model: RoutedModel, encoder: Encoder, text: str, config: GenerationConfig) -> tuple[Answer, Trace]:
     """`answer`, and the routing of every token that the model read (all but the last that it wrote)."""
     with model.trace() as trace:
-        found = answer(model, encoder, text, config)
-    return found, trace
+        written = answer(model, encoder, text, config)
+    return written, trace

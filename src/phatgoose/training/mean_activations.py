@@ -2,14 +2,13 @@
 
 The expert is active while its examples are read, as in the official code. That
 code takes the decoder's activations from the last step of a generation only;
-here all tokens of prompt and target count.
+here every token of prompt and target counts.
 
-Axes: B sequences, S positions, I in-features.
+Axes: B sequences, S positions, N = B * S tokens, I in-features.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
@@ -18,8 +17,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from phatgoose.config import Dtype, TextConfig
-from phatgoose.data.encoder import Encoder
+from phatgoose.data.batching import by_length
+from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.data.examples import Example, fingerprint
+from phatgoose.data.sampling import sample
 from phatgoose.experts.adapter import WEIGHTS_FILE, LoraWeights
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.provenance import ActivationsProvenance
@@ -35,13 +36,17 @@ NUM_EXAMPLES = 1000
 
 
 class AveragingLinear(WrappedLinear):
-    """A frozen linear layer with a LoRA, and the weighted sum of all that has entered it.
+    """A frozen linear layer with a frozen LoRA that adds up its own inputs.
 
     Args:
         base: the linear layer.
-        weights: of the LoRA.
-        stream: whose tokens enter it (`phatgoose.analysis.prompt_table`).
-        dtype: of the LoRA's arithmetic.
+        weights: the LoRA's weights.
+        stream: which text's tokens the layer reads (`describe_site`).
+        dtype: dtype of the LoRA's arithmetic.
+
+    Attributes:
+        sum_I: weighted sum of all inputs so far, fp64.
+        weights_BS: weight of each token of the next call; set before it.
     """
 
     def __init__(self, base: nn.Module, weights: LoraWeights, stream: str, dtype: torch.dtype) -> None:
@@ -50,14 +55,13 @@ class AveragingLinear(WrappedLinear):
         device = next(base.parameters()).device
         self.lora = FrozenLora(weights, device, dtype)
         self.sum_I = torch.zeros(weights.a_RI.shape[1], device=device, dtype=torch.float64)
-        # what each token of the next call counts
-        self.counts_BS: torch.Tensor | None = None
+        self.weights_BS: torch.Tensor | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape (..., I) -> (..., O)."""
-        assert self.counts_BS is not None
-        # summed in fp64 over batches only: of a whole batch's activations, fp64 copies would take most of the time
-        self.sum_I += self.counts_BS.flatten() @ x.reshape(-1, x.shape[-1]).float()
+        """x of shape (B, S, I) or (N, I) -> the same shape with O out-features."""
+        assert self.weights_BS is not None
+        # fp64 over batches only: fp64 copies of all activations of a batch would take most of the time
+        self.sum_I += self.weights_BS.flatten() @ x.reshape(-1, x.shape[-1]).float()
         y: torch.Tensor = self.base(x)
         return y + self.lora(x).to(y.dtype)
 
@@ -78,14 +82,14 @@ def save_mean_activations(
 
     Args:
         model: the base model; unchanged afterwards.
-        tokenizer: of the base model.
-        expert: its folder gets activations.safetensors and activations_config.json.
-        examples: what the expert was trained on.
-        text: how examples become tokens; as in training.
-        num_examples: read so many, drawn at random if there are more.
-        seed: of the drawing.
+        tokenizer: the base model's tokenizer.
+        expert: the expert; its folder gets activations.safetensors and activations_config.json.
+        examples: the expert's training data.
+        text: how examples become tokens; the same as in training.
+        num_examples: number of examples to read, sampled if there are more.
+        seed: random seed for sampling.
         batch_size: examples per forward pass.
-        save_dtype: of the numbers on disk.
+        save_dtype: dtype of the saved tensors.
 
     Returns:
         Site -> vector, shape (I,), fp32: the mean over examples of the mean over their tokens.
@@ -95,15 +99,15 @@ def save_mean_activations(
         AdapterError: the expert's weights are damaged.
     """
     text = text or TextConfig()
-    sample = random.Random(seed).sample(list(examples), min(num_examples, len(examples)))
-    vectors = mean_activations(model, Encoder(tokenizer, model.config, text), expert, sample, batch_size)
+    chosen = sample(examples, num_examples, seed)
+    vectors = mean_activations(model, Encoder(tokenizer, model.config, text), expert, chosen, batch_size)
     base = base_id(model)
     provenance = ActivationsProvenance(
         base=base.name,
         revision=base.revision,
-        data=fingerprint(sample),
+        data=fingerprint(chosen),
         adapter_sha256=sha256(expert.folder / WEIGHTS_FILE),
-        num_examples=len(sample),
+        num_examples=len(chosen),
         settings={"seed": seed, "text": asdict(text)},
     )
     ACTIVATIONS.save(expert.folder, vectors, provenance, DTYPES[save_dtype])
@@ -114,28 +118,33 @@ def save_mean_activations(
 def mean_activations(
     model: PreTrainedModel, encoder: Encoder, expert: Expert, examples: Sequence[Example], batch_size: int = 16
 ) -> dict[str, torch.Tensor]:
-    """Site -> mean over examples of the mean over their tokens of what enters the site; see `save_mean_activations`."""
+    """Mean activations of an expert on all of `examples`; see `save_mean_activations`.
+
+    Returns:
+        Site -> vector, shape (I,), fp32, on the CPU.
+    """
     check_sites(model, [expert])
     layers: dict[str, AveragingLinear] = {}
     for site, weights in expert.adapter.load():
         stream = describe_site(site, encoder_decoder=encoder.encoder_decoder).stream
         layers[site] = AveragingLinear(model.get_submodule(site), weights, stream, model.dtype)
-    rows = sorted(encoder.encode_all(examples), key=lambda row: len(row["input_ids"]))
+    rows = encoder.encode_all(examples)
+    lengths = [len(row["input_ids"]) for row in rows]
     with replaced_layers(model, layers):
-        for start in range(0, len(rows), batch_size):
-            batch = {k: v.to(model.device) for k, v in encoder.collate(rows[start : start + batch_size]).items()}
-            counts = _token_counts(batch, encoder)
-            batch.pop("labels")
+        for numbers in by_length(lengths, max_items=batch_size, shortest_first=True):
+            batch = {name: ids.to(model.device) for name, ids in encoder.collate([rows[i] for i in numbers]).items()}
+            weights_of = _token_weights(batch, encoder)
             for layer in layers.values():
-                layer.counts_BS = counts[layer.stream]
+                layer.weights_BS = weights_of[layer.stream]
+            del batch["labels"]
             model(**batch, use_cache=False)
     return {site: (layer.sum_I / len(rows)).float().cpu() for site, layer in layers.items()}
 
 
-def _token_counts(batch: Mapping[str, torch.Tensor], encoder: Encoder) -> dict[str, torch.Tensor]:
-    """Stream -> (B, S): 1 / (its number of tokens) for each token of an example, 0 for padding."""
+def _token_weights(batch: Mapping[str, torch.Tensor], encoder: Encoder) -> dict[str, torch.Tensor]:
+    """Stream -> weights_BS: 1 / (tokens of the row) for its tokens, 0 for padding."""
     masks = {TEXT: batch["attention_mask"]}
     if encoder.encoder_decoder:
-        # the decoder has read as many tokens as there are labels
-        masks = {INPUT: batch["attention_mask"], OUTPUT: batch["labels"] >= 0}
+        # The decoder has read as many tokens as there are labels
+        masks = {INPUT: batch["attention_mask"], OUTPUT: batch["labels"] != IGNORED}
     return {stream: mask_BS / mask_BS.sum(dim=1, keepdim=True) for stream, mask_BS in masks.items()}

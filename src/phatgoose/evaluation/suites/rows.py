@@ -7,9 +7,9 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from random import Random
 from typing import Any
 
+from phatgoose.data import sampling
 from phatgoose.data.examples import read_rows
 from phatgoose.errors import DataError
 
@@ -50,7 +50,7 @@ def sample(rows: Sequence[Row], limit: int | None) -> list[Row]:
     """
     if limit is None or limit >= len(rows):
         return list(rows)
-    return [rows[i] for i in sorted(Random(SEED).sample(range(len(rows)), limit))]
+    return [rows[i] for i in sorted(sampling.sample(range(len(rows)), limit, SEED))]
 
 
 def read_rendered(path: Path) -> Iterator[Row]:
