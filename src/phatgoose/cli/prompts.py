@@ -1,119 +1,119 @@
-"""phatgoose generate, phatgoose route and phatgoose demo."""
+"""phatgoose generate and phatgoose route: one prompt through a routed pool."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from phatgoose.cli.config_options import Fields, config_options
+from phatgoose.cli.options import AsJson, Device, MaxNewTokens, ModelDtype, PoolBase, PoolOption, Separator
 from phatgoose.config import Dtype, GenerationConfig, RouterConfig, TextConfig
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from phatgoose.data.encoder import Encoder
     from phatgoose.routing.model import RoutedModel
 
-TextArgument = Annotated[str, typer.Argument(help="The prompt.")]
-PoolOption = Annotated[Path, typer.Option(help="The pool's folder.")]
-Base = Annotated[str | None, typer.Option(help="Base model; the one that the pool names if not given.")]
-RouterName = Annotated[str, typer.Option(help="How tokens choose experts.")]
-TopK = Annotated[int, typer.Option(help="Experts per token and layer.")]
-ExpertName = Annotated[str | None, typer.Option(help="The one expert of router single.")]
-Options = Annotated[
+Prompt = Annotated[str, typer.Argument(help="The prompt.")]
+Router = Annotated[RouterConfig, Fields("router", "top_k", "expert")]
+RouterOptions = Annotated[
     list[str] | None,
-    typer.Option("--option", help="NAME=NUMBER: temperature, eps, prior_strength, ... May be repeated."),
+    typer.Option("--option", help="Option of the router, NAME=NUMBER: temperature, eps, ...; may be repeated."),
 ]
-Separator = Annotated[str, typer.Option(help="Text after the prompt (decoder-only models), as in training.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer.")]
-ModelDtype = Annotated[Dtype | None, typer.Option(help="bf16 on a GPU and fp32 on a CPU if not given.")]
-Device = Annotated[str | None, typer.Option(help='Such as "cuda" or "cpu"; a GPU if there is one.')]
 
 
+@config_options
 def generate(
-    text: TextArgument,
+    *,
+    text: Prompt,
     pool: PoolOption,
-    base: Base = None,
-    router: RouterName = RouterConfig.router,
-    top_k: TopK = RouterConfig.top_k,
-    expert: ExpertName = RouterConfig.expert,
-    option: Options = None,
-    separator: Separator = TextConfig.separator,
-    max_new_tokens: MaxNewTokens = GenerationConfig.max_new_tokens,
-    num_beams: Annotated[int, typer.Option(help="Of beam search; 1 is greedy.")] = GenerationConfig.num_beams,
-    sample: Annotated[bool, typer.Option("--sample", help="Draw from the distribution.")] = GenerationConfig.sample,
-    seed: Annotated[int, typer.Option(help="Of the drawing.")] = GenerationConfig.seed,
+    base: PoolBase = None,
+    router: Router,
+    option: RouterOptions = None,
+    text_config: Separator,
+    config: GenerationConfig,
     dtype: ModelDtype = None,
     device: Device = None,
 ) -> None:
     """Answer a prompt with a routed pool."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams, sample=sample, seed=seed)
-
     from phatgoose.inference.generation import answer
 
-    model, encoder = _load(pool, base, _router(router, top_k, expert, option), separator, dtype, device)
+    router = replace(router, **RouterConfig.parse(option or ()))
+    model, encoder = _load(pool, base, router, text_config, dtype, device)
     typer.echo(answer(model, encoder, text, config).text)
 
 
+@config_options
 def route(
-    text: TextArgument,
+    *,
+    text: Prompt,
     pool: PoolOption,
-    base: Base = None,
-    router: RouterName = RouterConfig.router,
-    top_k: TopK = RouterConfig.top_k,
-    expert: ExpertName = RouterConfig.expert,
-    option: Options = None,
-    separator: Separator = TextConfig.separator,
+    base: PoolBase = None,
+    router: Router,
+    option: RouterOptions = None,
+    text_config: Separator,
     max_new_tokens: MaxNewTokens = 32,
-    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page that shows each token and layer.")] = None,
+    as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="File for a page that shows each token and layer.")] = None,
     dtype: ModelDtype = None,
     device: Device = None,
 ) -> None:
     """Show which experts carry each token of a prompt and of its answer."""
-    config = GenerationConfig(max_new_tokens=max_new_tokens)
+    import json
 
     from phatgoose.analysis.prompt_page import check_page_path, routed_sample, write_page
 
+    config = GenerationConfig(max_new_tokens=max_new_tokens)
     if html is not None:
         check_page_path(html)
-    model, encoder = _load(pool, base, _router(router, top_k, expert, option), separator, dtype, device)
+    router = replace(router, **RouterConfig.parse(option or ()))
+    model, encoder = _load(pool, base, router, text_config, dtype, device)
     sample = routed_sample(model, encoder, text, config)
     if html is not None:
         base_name = base or model.pool.base.name
-        write_page(html, [sample], pool_name=pool.name, base=base_name, router=router, top_k=top_k)
+        write_page(html, [sample], pool_name=pool.name, base=base_name, router=router.router, top_k=router.top_k)
         typer.echo(f"page: {html}", err=True)
     if as_json:
         typer.echo(json.dumps({"answer": sample.pool_answer, **sample.routing}))
         return
     from rich.console import Console
 
-    from phatgoose.cli.demo import token_table
-
     console = Console()
     console.print(token_table(sample.routing))
     console.print("answer: " + sample.pool_answer, markup=False, highlight=False, soft_wrap=True)
 
 
-def demo(
-    pool: Annotated[Path, typer.Option(help="The pool's folder.")] = Path("demo/pool"),
-    html: Annotated[Path, typer.Option(help="Page to write.")] = Path("out/demo.html"),
-    top_k: TopK = RouterConfig.top_k,
-    max_new_tokens: MaxNewTokens = 40,
-) -> None:
-    """Answer a few prompts with the demo pool, beside the base model, and show the routing."""
-    from phatgoose.cli.demo import run_demo
+def token_table(routing: dict[str, Any]) -> Table:
+    """One row per token with its two leading experts and their shares.
 
-    run_demo(pool, html, top_k=top_k, max_new_tokens=max_new_tokens)
+    Args:
+        routing: see `phatgoose.analysis.prompt_table.to_json`.
+    """
+    from rich.table import Column, Table
+    from rich.text import Text
+
+    headers = ("token", "leading expert", "share", "next", "share")
+    table = Table(*(Column(header, overflow="fold") for header in headers))
+    for i, (token, shares) in enumerate(zip(routing["tokens"], routing["token_shares"], strict=True)):
+        if i == routing["num_prompt"]:
+            table.add_section()
+        if shares is None:  # no routed layer read it: the last token, or a whole input or output
+            table.add_row(Text(repr(token)), "-", "", "", "")
+            continue
+        leading = sorted(range(len(shares)), key=lambda e: -shares[e])[:2]
+        cells = [cell for e in leading for cell in (routing["experts"][e], f"{shares[e]:.0%}")]
+        table.add_row(Text(repr(token)), *cells)
+    return table
 
 
 def _load(
-    folder: Path, base: str | None, config: RouterConfig, separator: str, dtype: Dtype | None, device: str | None
+    folder: Path, base: str | None, router: RouterConfig, text: TextConfig, dtype: Dtype | None, device: str | None
 ) -> tuple[RoutedModel, Encoder]:
     """The routed model and its encoder; what can be checked without the weights is checked first."""
-    text = TextConfig(separator=separator)
-
     from phatgoose.data.encoder import Encoder
     from phatgoose.experts.checks import check_base_name
     from phatgoose.experts.pool import Pool
@@ -122,13 +122,9 @@ def _load(
     from phatgoose.routing.model import RoutedModel
 
     pool = Pool.open(folder)
-    check_pool(pool, config)
+    check_pool(pool, router)
     name = check_base_name(folder, pool.base, base)
     loaded = load_base(name, pool.base.revision, dtype=dtype, device=device)
     tokenizer = load_tokenizer(name, pool.base.revision)
-    model = RoutedModel.from_pool(loaded, pool, tokenizer=tokenizer, **asdict(config))
+    model = RoutedModel.from_pool(loaded, pool, tokenizer=tokenizer, **asdict(router))
     return model, Encoder(tokenizer, loaded.config, text)
-
-
-def _router(router: str, top_k: int, expert: str | None, options: list[str] | None) -> RouterConfig:
-    return RouterConfig.of(**({"router": router, "top_k": top_k, "expert": expert} | RouterConfig.parse(options or ())))
