@@ -1,173 +1,165 @@
-"""Mixing LoRA updates: one operation, several backends, one file each.
+"""The kernels: routing tokens among experts, and mixing the experts' updates into a layer's output.
 
     y[n] = sum over k of weights[n, k] * B[ids[n, k]] A[ids[n, k]] x[n]
 
-`mix_parameters` is another operation, for routers that merge A and B before they act.
-`add_loras` adds the updates into a layer's output in place, for inference: the "triton"
-backend does that at no cost. `routing_operators.py` has what routes too.
+What runs for one token, and where top-k is chosen:
 
-Axes: N tokens, K chosen experts, E experts, I in-features, O out-features,
-R rank. Backends take plain tensors and know nothing of models.
+    on a GPU        routed_linears or route_and_add_ -> cuda/run.py -> cuda/few.py
+                      partial_scores    scores of all experts                            cuda/scores.py
+                      shrink_few        top-k (`choose`, cuda/choice.py), then A x       cuda/few.py
+                      expand_few        y += B h                                         cuda/few.py
+                    from 65 tokens on (top-2) pairs are sorted by expert: cuda/sort.py, cuda/many.py
+    on a CPU, fp32, with Numba            cpu.route_and_add_: one compiled call
+                      scores, top-k (`choose_one`) and updates                           cpu_loops.py
+    elsewhere       the router's own torch.topk (routers/base.py, `Router.choose`), then
+                    mix_loras, by the backend that `choose.backend_for` names              eager.py
 
-The rule of "auto" (`runs_triton`, `choose`) is documented with its measurements in
-docs/performance.md.
+Everything here takes plain tensors and knows nothing of models. `Layer`, `Rule` and `Routing` (types.py) are the
+arguments, `KernelOptions` (options.py) the switches.
+
+Axes: N tokens, K chosen experts, E experts, I in-features, O out-features, R rank, G layers of one x.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
-from typing import Literal, TypeAlias, get_args
+from collections.abc import Sequence
 
 import torch
 
-from phatgoose.errors import ConfigError
-from phatgoose.kernels import dense, gather, grouped, reference, vectors
+from phatgoose.kernels import choose, operators
+from phatgoose.kernels.choose import BACKENDS, Backend, backend_for, runs_numba, runs_triton
+from phatgoose.kernels.eager import mix_parameters
+from phatgoose.kernels.options import DEFAULT_OPTIONS, KernelOptions
+from phatgoose.kernels.types import Layer, Routing, Rule
 
-Backend = Literal["auto", "reference", "vectors", "gather", "grouped", "dense", "numba", "triton"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
-
-# (x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK) -> y_NO
-MixLoras: TypeAlias = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-
-TORCH_BACKENDS: dict[str, MixLoras] = {
-    "reference": reference.mix_loras,
-    "vectors": vectors.mix_loras,
-    "gather": gather.mix_loras,
-    "grouped": grouped.mix_loras,
-    "dense": dense.mix_loras,
-}
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+__all__ = [
+    "BACKENDS",
+    "DEFAULT_OPTIONS",
+    "Backend",
+    "KernelOptions",
+    "Layer",
+    "Routing",
+    "Rule",
+    "add_loras_",
+    "backend_for",
+    "mix_loras",
+    "mix_parameters",
+    "route_and_add_",
+    "routed_linears",
+    "runs_numba",
+    "runs_triton",
+]
 
 
 def mix_loras(
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    weights_NK: torch.Tensor,
-    expert_ids_NK: torch.Tensor,
-    backend: Backend = "auto",
+    x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing, *, backend: Backend = "auto"
 ) -> torch.Tensor:
-    """Weighted sum of each token's chosen LoRA updates.
+    """Weighted sum of each token's chosen LoRA updates. Differentiable, but for the ids.
 
     Args:
         x_NI: activations, in the dtype of a_ERI.
         a_ERI: down-projections.
         b_ERO: up-projections with the scale folded in.
-        weights_NK: routing weights, any float dtype.
-        expert_ids_NK: int64 in [0, E).
-        backend: which implementation; all give the same result up to rounding.
+        routing: weights in any float dtype, expert ids (int64) in [0, E).
+        backend: the implementation; all give the same result up to rounding.
 
     Returns:
         y_NO in the dtype of x_NI.
-    """
-    if backend == "auto":
-        # what is compiled must not read ids on the host either
-        on_cpu = x_NI.device.type == "cpu" and not torch.compiler.is_compiling()
-        shape = x_NI.shape[0], expert_ids_NK.shape[1], a_ERI.shape[0], a_ERI.shape[1]
-        backend = choose(*shape, on_cpu=on_cpu, numba=on_cpu and runs_numba(x_NI.dtype))
-    return load(backend)(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
-
-
-def add_loras(
-    y_NO: torch.Tensor,
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    weights_NK: torch.Tensor,
-    expert_ids_NK: torch.Tensor,
-) -> None:
-    """y_NO += `mix_loras` by the "triton" backend, in place.
-
-    Args:
-        y_NO: what is added to; any float dtype, the numbers of a row side by side.
 
     Raises:
-        RuntimeError: an argument wants a gradient.
+        ConfigError: backend "numba" without that package.
     """
-    _refuse_gradients(y_NO, x_NI, a_ERI, b_ERO, weights_NK)
-    torch.ops.phatgoose.add_loras_(y_NO, x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
+    if backend == "triton":
+        return operators.mix_loras(x_NI, a_ERI, b_ERO, *routing)
+    if backend == "auto":
+        return choose.mix_loras(x_NI, a_ERI, b_ERO, routing)
+    return choose.load(backend)(x_NI, a_ERI, b_ERO, routing)
 
 
-def mix_parameters(
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    weights_NK: torch.Tensor,
-    expert_ids_NK: torch.Tensor,
-) -> torch.Tensor:
-    """Each token's update under the weighted sums of its experts' factors.
-
-        y[n] = (sum over k of w[n, k] B[ids[n, k]]) (sum over k of w[n, k] A[ids[n, k]]) x[n]
-
-    Arguments and result are those of `mix_loras`. Computes every expert for
-    every token; extra memory is N * E * R numbers.
-    """
-    num_experts, rank, _ = a_ERI.shape
-    h_NER = (x_NI @ a_ERI.reshape(num_experts * rank, -1).T).view(-1, num_experts, rank)
-    weights_NE = weights_NK.new_zeros(x_NI.shape[0], num_experts).scatter_add(1, expert_ids_NK, weights_NK)
-    weights_NE1 = weights_NE.to(h_NER.dtype).unsqueeze(2)
-    h_N1R = (h_NER * weights_NE1).sum(dim=1, keepdim=True)
-    return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
-
-
-def choose(num_tokens: int, top_k: int, num_experts: int, rank: int, *, on_cpu: bool, numba: bool = False) -> Backend:
-    """The backend for a shape and a kind of device, unless Triton's. Depends on nothing else: equal calls, equal code.
+def add_loras_(
+    y_NO: torch.Tensor, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing
+) -> None:
+    """y_NO += `mix_loras`, in place, by the "triton" backend; for inference.
 
     Args:
-        numba: whether `runs_numba`.
+        y_NO: what is added to; any float dtype, each row contiguous.
+        x_NI, a_ERI, b_ERO, routing: see `mix_loras`.
+
+    Raises:
+        RuntimeError: autograd would have to record it.
     """
-    if 2 * top_k > num_experts or num_experts * rank <= 32:
-        return "dense"
-    # a CPU reads factors where they lie; reading ids on the host would stall a GPU
-    if on_cpu and num_tokens * top_k <= min(32, num_experts // 2) and (num_tokens == 1 or not numba):
-        return "vectors"
-    if numba:
-        return "numba"
-    if num_experts * rank <= 128:
-        return "dense"
-    if num_tokens * top_k <= min(16, num_experts // 8):
-        return "gather"
-    if num_experts * rank <= 256 and num_tokens <= 64:
-        return "dense"
-    return "grouped"
-
-
-def load(backend: Backend) -> MixLoras:
-    """A backend's function. Nothing is looked up by name, so that compilers can trace it."""
-    if backend == "triton":
-        # imported when first used, because it registers operators
-        from phatgoose.kernels import triton
-
-        return triton.mix_loras
-    if backend == "numba":
-        if not runs_numba(torch.float32):
-            raise ConfigError("the backend numba needs the package of that name", fix="pip install 'phatgoose[numba]'")
-        # imported when first used, because that takes a while
-        from phatgoose.kernels import numba
-
-        return numba.mix_loras
-    return TORCH_BACKENDS[backend]
-
-
-def runs_triton(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether layers on `device` with factors in `dtype` take "triton" for "auto"."""
-    return (
-        device.type == "cuda"
-        and torch.version.cuda is not None  # ROCm calls its devices so too
-        and torch.cuda.get_device_capability(device) >= (8, 0)
-        and dtype in TRITON_DTYPES
-        and find_spec("triton") is not None
-    )
-
-
-@cache
-def runs_numba(dtype: torch.dtype) -> bool:
-    """Whether layers on a CPU with factors in `dtype` may take "numba" for "auto"."""
-    return dtype == torch.float32 and find_spec("numba") is not None
-
-
-def _refuse_gradients(*tensors: torch.Tensor) -> None:
+    tensors = (y_NO, x_NI, a_ERI, b_ERO, routing.weights_NK)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         raise RuntimeError("adding in place has no gradient: use phatgoose.kernels.mix_loras, or torch.no_grad()")
+    torch.ops.phatgoose.add_loras_(y_NO, x_NI, a_ERI, b_ERO, *routing)
+
+
+def route_and_add_(
+    ys: Sequence[torch.Tensor],
+    x_NI: torch.Tensor,
+    layers: Sequence[Layer],
+    rule: Rule,
+    options: KernelOptions = DEFAULT_OPTIONS,
+) -> Routing:
+    """Choose experts for each token and add their updates to the outputs of one to three layers of one x.
+
+    The scores are prototypes times standardised activations plus bias; the weights a softmax over the best `top_k`
+    (PHATGOOSE, section 3.2). On CUDA the lower expert id of equal scores wins; torch.topk, used elsewhere, promises
+    no order. For inference: no argument may need a gradient.
+
+    Args:
+        ys: y_NO of each layer: the base layer's output, any float dtype (the same for all), each row contiguous.
+        x_NI: activations, in the dtype of a_ERI.
+        layers: one for each y; alike in all shapes but O.
+        rule: how scores become a routing, for all of them.
+        options: see `KernelOptions`.
+
+    Returns:
+        The routing with an axis G in front.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or strides that the kernels cannot read (CUDA).
+    """
+    if _skips_dispatcher(x_NI):
+        from phatgoose.kernels.cuda import run
+
+        with torch.no_grad():
+            return run.route_and_add_(ys, x_NI, layers, rule, options)
+    packed = operators.pack(layers, rule, options)
+    return Routing(*torch.ops.phatgoose.route_and_add_(list(ys), x_NI, *packed))
+
+
+def routed_linears(
+    x_NI: torch.Tensor,
+    bases: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    layers: Sequence[Layer],
+    rule: Rule,
+    options: KernelOptions = DEFAULT_OPTIONS,
+) -> tuple[list[torch.Tensor], Routing]:
+    """One to three linear layers of one x, and `route_and_add_`; in CUDA graphs and for few tokens at the same time.
+
+    Args:
+        x_NI, layers, rule, options: see `route_and_add_`.
+        bases: weight_OI and bias_O (or None) of each base layer, all of one dtype.
+
+    Returns:
+        y_NO of each layer, and the routing with an axis G in front.
+    """
+    if _skips_dispatcher(x_NI):
+        from phatgoose.kernels.cuda import run
+
+        with torch.no_grad():
+            return run.routed_linears(x_NI, bases, layers, rule, options)
+    weights, biases = [weight_OI for weight_OI, _ in bases], [bias_O for _, bias_O in bases]
+    packed = operators.pack(layers, rule, options)
+    ys, weights_GNK, expert_ids_GNK = torch.ops.phatgoose.routed_linears(x_NI, weights, biases, *packed)
+    return ys, Routing(weights_GNK, expert_ids_GNK)
+
+
+def _skips_dispatcher(x_NI: torch.Tensor) -> bool:
+    """Whether to call what the operator would call, on CUDA, unless somebody traces.
+
+    PyTorch's dispatcher takes about as long for an operator that is written in Python as the host takes for all of its
+    launches.
+    """
+    return x_NI.is_cuda and type(x_NI) is torch.Tensor and not torch.compiler.is_compiling()

@@ -1,6 +1,6 @@
-"""Prototypes as the kernels read them.
+"""Standardised prototypes in the form that the kernels multiply.
 
-Axes: G layers of one x, E experts, P experts padded, H halves, I in-features, V = G * H * P rows.
+Axes: G layers of one x, E experts, P experts padded, H numbers that are summed (hi, lo), I in-features, V = G * H * P.
 """
 
 from __future__ import annotations
@@ -12,59 +12,60 @@ import torch
 
 
 class Prototypes(NamedTuple):
-    """What standardised activations are multiplied with; the sum over H is the prototype.
+    """What standardised activations are multiplied with: a prototype is the sum over H.
 
     Attributes:
-        halves_HPI: rounded to the activations' dtype, and (not in fp32) what that rounding left, rounded again.
-            P is `rows_for(E)`. Of the rows beyond the last expert the first is 1 in the first half, so that products
-            hold the sum of x too; the others are 0. Rows have no gaps, nor have halves.
-        sums_E: the sums of the halves over I, fp32. Times mean(x) they are subtracted
-            from the products, so that rounding does not give prototypes a mean.
+        gates_HPI: hi, the prototypes rounded to the activations' dtype; except in fp32 also lo, what that rounding
+            left over, rounded again. P is `rows_for(E)`. The first row after the last expert is 1 in hi, so that
+            products hold the sum of x too; the other rows of padding are 0. Contiguous.
+        gate_sums_E: hi + lo summed over I, fp32. Times mean(x) they are subtracted from the products, so that rounding
+            does not give prototypes a mean.
     """
 
-    halves_HPI: torch.Tensor
-    sums_E: torch.Tensor
+    gates_HPI: torch.Tensor
+    gate_sums_E: torch.Tensor
 
 
 def split(prototypes_EI: torch.Tensor, dtype: torch.dtype) -> Prototypes:
-    """fp32 prototypes as one number (fp32) or the sum of two (bf16: 16 bits, fp16: 22 bits) of a dtype."""
+    """fp32 prototypes as one number of `dtype` (fp32), or the sum of two (16 bits in bf16, 22 bits in fp16)."""
     num_experts, in_features = prototypes_EI.shape
-    num_halves = 1 if dtype == torch.float32 else 2
-    halves_HPI = prototypes_EI.new_zeros(num_halves, rows_for(num_experts), in_features, dtype=dtype)
+    gates_HPI = prototypes_EI.new_zeros(
+        1 if dtype == torch.float32 else 2, rows_for(num_experts), in_features, dtype=dtype
+    )
     rest_EI = prototypes_EI
-    for half_PI in halves_HPI:
-        half_PI[:num_experts] = rest_EI.to(dtype)
-        rest_EI = prototypes_EI - half_PI[:num_experts].float()
-    halves_HPI[0, num_experts] = 1.0
-    return Prototypes(halves_HPI, halves_HPI[:, :num_experts].double().sum(dim=(0, 2)).float())
+    for gates_PI in gates_HPI:
+        gates_PI[:num_experts] = rest_EI.to(dtype)
+        rest_EI = prototypes_EI - gates_PI[:num_experts].float()
+    gates_HPI[0, num_experts] = 1.0
+    return Prototypes(gates_HPI, gates_HPI[:, :num_experts].double().sum(dim=(0, 2)).float())
 
 
 def rows_for(num_experts: int) -> int:
-    """P: of each expert, of ones, and what pads them."""
+    """P: a row for each expert, one of ones, and padding."""
     return padded(num_experts + 1)
 
 
 def padded(length: int) -> int:
-    """A multiple of 16, so that rows of such a length are read 16 bytes at a time."""
+    """The next multiple of 16: rows of such a length are read 16 bytes at a time."""
     return -(-length // 16) * 16
 
 
-def join(halves: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The same numbers, so placed that `rows_of` copies none: halves_HPI of layers of one x, one after the other."""
-    return list(torch.stack(list(halves)))
+def join(gates: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Same values as gates_HPI of layers of one x, contiguous, so `rows_of` returns a view."""
+    return list(torch.stack(list(gates)))
 
 
-def rows_of(halves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """rows_VI: those of all halves_HPI, which are of one shape; without a copy where `join` placed them."""
-    first, size = halves[0], halves[0].numel()
+def rows_of(gates: Sequence[torch.Tensor]) -> torch.Tensor:
+    """gates_HPI of layers of one x, all of one shape, as rows_VI; a view if `join` placed them, else a copy."""
+    first, size = gates[0], gates[0].numel()
     begin, storage = first.storage_offset(), first.untyped_storage()._cdata
     in_a_row = all(
-        half_HPI.is_contiguous()
-        and half_HPI.untyped_storage()._cdata == storage
-        and half_HPI.storage_offset() == begin + g * size
-        for g, half_HPI in enumerate(halves)
+        gates_HPI.is_contiguous()
+        and gates_HPI.untyped_storage()._cdata == storage
+        and gates_HPI.storage_offset() == begin + g * size
+        for g, gates_HPI in enumerate(gates)
     )
     in_features = first.shape[2]
     if in_a_row:
-        return first.as_strided((len(halves) * size // in_features, in_features), (in_features, 1))
-    return torch.cat([half_HPI.reshape(-1, in_features) for half_HPI in halves])
+        return first.as_strided((len(gates) * size // in_features, in_features), (in_features, 1))
+    return torch.cat([gates_HPI.reshape(-1, in_features) for gates_HPI in gates])

@@ -1,20 +1,16 @@
-"""The definition, as a double loop over tokens and chosen experts. Slow; the others are tested against it."""
+"""The definition of `mix_loras`: a double loop over tokens and chosen experts. Slow; the oracle of the tests."""
 
 from __future__ import annotations
 
 import torch
 
+from phatgoose.kernels.types import Routing
 
-def mix_loras(
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    weights_NK: torch.Tensor,
-    expert_ids_NK: torch.Tensor,
-) -> torch.Tensor:
+
+def mix_loras(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing) -> torch.Tensor:
     """See `phatgoose.kernels.mix_loras`."""
     rows = []
-    for x_I, weights_K, expert_ids_K in zip(x_NI, weights_NK, expert_ids_NK, strict=True):
+    for x_I, weights_K, expert_ids_K in zip(x_NI, *routing, strict=True):
         y_O = x_I.new_zeros(b_ERO.shape[2])
         for weight, e in zip(weights_K, expert_ids_K.tolist(), strict=True):
             h_R = a_ERI[e] @ x_I

@@ -65,7 +65,7 @@ class Router(nn.Module, ABC):
         reads_prompts: whether `for_prompts` makes something.
         standardises: whether `scores` are `prototypes_EI` times the activations
             standardised with `eps`, and `choose` and `weights` those of this class:
-            what `phatgoose.kernels.routing_operators.route_and_add_` computes.
+            what `phatgoose.kernels.route_and_add_` computes.
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"adapter"})

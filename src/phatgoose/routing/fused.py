@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from phatgoose.kernels import triton
+from phatgoose import kernels
 from phatgoose.kernels.prototypes import join
+from phatgoose.kernels.types import Routing
 from phatgoose.routers.record import ScoresRecord
 
 if TYPE_CHECKING:
@@ -30,14 +31,13 @@ class Held(NamedTuple):
         x: what all of them were computed for.
         version: of x, which counts writes into it; None where that is not known.
         outputs: of each layer; None once it was called.
-        weights_GNK, expert_ids_GNK: how x was routed.
+        routing: how x was routed, with an axis G in front.
     """
 
     x: torch.Tensor
     version: int | None
     outputs: list[torch.Tensor | None]
-    weights_GNK: torch.Tensor
-    expert_ids_GNK: torch.Tensor
+    routing: Routing
 
 
 class SharedInput:
@@ -55,8 +55,8 @@ class SharedInput:
         self.linears = tuple(linears)
         self._held: Held | None = None
 
-    def take(self, g: int, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
-        """(output of layer g for x of shape (..., I), weights_GNK, expert_ids_GNK); None: it must see for itself."""
+    def take(self, g: int, x: torch.Tensor) -> tuple[torch.Tensor, Routing] | None:
+        """(output of layer g for x of shape (..., I), routing of all); None: it must see for itself."""
         held = self._held
         if held is None or held.x is not x or held.outputs[g] is None or held.version != _version(x):
             held = self._held = self._compute(x)
@@ -67,7 +67,7 @@ class SharedInput:
         if not any(output is not None for output in held.outputs):
             self._held = None
         assert y is not None
-        return y, held.weights_GNK, held.expert_ids_GNK
+        return y, held.routing
 
     def forget(self) -> None:
         """Compute again whatever is still to be called."""
@@ -81,18 +81,16 @@ class SharedInput:
         plain = any(isinstance(linear.record, ScoresRecord) for linear in self.linears)
         if len(x_NI) == 0 or plain or torch.is_grad_enabled() or x_NI.dtype != first.a_ERI.dtype:
             return None
-        asked = [linear.question(len(x_NI)) for linear in self.linears]
-        downs, ups, halves, sums, biases, *rule = zip(*asked, strict=True)
-        question = (downs, ups, halves, sums, biases, *(values[0] for values in rule))
+        layers = [linear.layer(len(x_NI)) for linear in self.linears]
         if all(linear.beside for linear in self.linears):
-            bases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
-            flat, *choice = triton.call("routed_linears", x_NI, x_NI, *bases, *question)
+            bases = [(linear.weight, linear.bias) for linear in self.linears]
+            flat, routing = kernels.routed_linears(x_NI, bases, layers, first.rule, first.options)
             outputs = [y_NO.view(*x.shape[:-1], -1) for y_NO in flat]
         else:
             outputs = [linear.base(x).contiguous() for linear in self.linears]
             flat = [y.view(-1, y.shape[-1]) for y in outputs]
-            choice = triton.call("route_and_add_shared_", x_NI, flat, x_NI, *question)
-        return Held(x, _version(x), outputs, *choice)
+            routing = kernels.route_and_add_(flat, x_NI, layers, first.rule, first.options)
+        return Held(x, _version(x), outputs, routing)
 
     def _compute_in_loops(self, x: torch.Tensor, x_1I: torch.Tensor) -> Held | None:
         """One token alone: with more, a call costs little beside what it does."""
@@ -102,12 +100,12 @@ class SharedInput:
         outputs = [linear.base(x) for linear in self.linears]
         if not self.linears[0].takes_loops(x_1I, *outputs):
             return None
-        from phatgoose.kernels import numba
+        from phatgoose.kernels import cpu
 
         flat = [y.view(1, -1) for y in outputs]
         layers = [linear.loops_layer(1) for linear in self.linears]
-        choice = numba.route_and_add_shared(flat, x_1I, layers, *self.linears[0].rule)
-        return Held(x, _version(x), outputs, *choice)
+        routing = cpu.route_and_add_(flat, x_1I, layers, self.linears[0].rule)
+        return Held(x, _version(x), outputs, routing)
 
 
 def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
@@ -129,8 +127,8 @@ def share_inputs(linears: Iterable[tuple[str, RoutedLinear]]) -> None:
             if alike and (group[0].fused or group[0].loops):
                 shared = SharedInput(group)
                 if group[0].fused:  # for one product with the prototypes of all
-                    for linear, halves_HPI in zip(group, join([linear.halves_HPI for linear in group]), strict=True):
-                        linear.halves_HPI = halves_HPI
+                    for linear, gates_HPI in zip(group, join([linear.gates_HPI for linear in group]), strict=True):
+                        linear.gates_HPI = gates_HPI
                 for g, linear in enumerate(group):
                     linear.shared = (shared, g)
 

@@ -13,8 +13,7 @@ from torch import nn
 from phatgoose import kernels
 from phatgoose.errors import RouterError
 from phatgoose.experts.stack import SiteStack
-from phatgoose.kernels import Backend, triton
-from phatgoose.kernels import settings as kernel_settings
+from phatgoose.kernels import DEFAULT_OPTIONS, Backend, KernelOptions, Layer, Rule
 from phatgoose.kernels.prototypes import split
 from phatgoose.kernels.types import Routing
 from phatgoose.models.wrapped import WrappedLinear
@@ -37,15 +36,24 @@ class RoutedLinear(WrappedLinear):
         stack: the experts at this site.
         router: chooses among them.
         backend: how their updates are mixed. "auto" is "triton" where the base layer lies on a GPU that has it.
+        options: switches of the Triton kernels.
     """
 
     a_ERI: torch.Tensor
     b_ERO: torch.Tensor
-    halves_HPI: torch.Tensor
-    sums_E: torch.Tensor
+    gates_HPI: torch.Tensor
+    gate_sums_E: torch.Tensor
 
-    def __init__(self, base: nn.Module, stack: SiteStack, router: Router, backend: Backend = "auto") -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        stack: SiteStack,
+        router: Router,
+        backend: Backend = "auto",
+        options: KernelOptions = DEFAULT_OPTIONS,
+    ) -> None:
         super().__init__(base)
+        self.options = options
         self.router = router
         self.backend = backend
         if backend == "auto" and kernels.runs_triton(self._base_device(), stack.a_ERI.dtype):
@@ -69,12 +77,12 @@ class RoutedLinear(WrappedLinear):
         if self.fused or self.loops:
             assert isinstance(router, Phatgoose)
             prototypes = split(router.prototypes_EI, self.a_ERI.dtype)
-            self.rule = (router.top_k, router.eps, router.temperature)
+            self.rule = Rule(router.top_k, router.eps, router.temperature)
             for name, tensor in prototypes._asdict().items():
                 self.register_buffer(name, tensor, persistent=False)
         if self.fused:
             # then the operator computes the base layer: its weights are used, hooks on it are not called
-            with_base = kernel_settings.BASE_BESIDE or kernel_settings.BASE_AFTER
+            with_base = options.overlap_base or options.base_last
             self.beside = with_base and type(base) is nn.Linear and "forward" not in vars(base)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -83,31 +91,29 @@ class RoutedLinear(WrappedLinear):
             shared, g = self.shared
             found = shared.take(g, x)
             if found is not None:
-                held, weights_GNK, expert_ids_GNK = found
-                if self.record is not None:
-                    self._record(Routing(weights_GNK[g], expert_ids_GNK[g]), x.shape)
+                held, routing = found
+                self._record(routing, x.shape, g)
                 return held
         x_NI = x.reshape(-1, x.shape[-1])
         fused = self.fused and x_NI.dtype == self.a_ERI.dtype and not isinstance(self.record, ScoresRecord)
         if fused and self.beside and not _wants_gradients(x_NI, self.weight):
-            question = self.question(len(x_NI))
-            y_NO, *choice = triton.call("routed_linear", x_NI, x_NI, self.weight, self.bias, *question)
-            self._record(Routing(*choice), x.shape)
+            bases, layers = [(self.weight, self.bias)], [self.layer(len(x_NI))]
+            (y_NO,), routing = kernels.routed_linears(x_NI, bases, layers, self.rule, self.options)
+            self._record(routing, x.shape)
             return y_NO.view(*x.shape[:-1], -1)
         y: torch.Tensor = self.base(x)
         in_place = self.backend == "triton" and y.is_contiguous() and not _wants_gradients(x_NI, y)
         if fused and in_place:
-            question = self.question(len(x_NI))
-            choice = triton.call("route_and_add_", x_NI, y.view(-1, y.shape[-1]), x_NI, *question)
-            self._record(Routing(*choice), x.shape)
+            ys, layers = [y.view(-1, y.shape[-1])], [self.layer(len(x_NI))]
+            routing = kernels.route_and_add_(ys, x_NI, layers, self.rule, self.options)
+            self._record(routing, x.shape)
             return y
         if self.loops and self.takes_loops(x_NI, y):
-            from phatgoose.kernels import numba
+            from phatgoose.kernels import cpu
 
             layer, y_NO = self.loops_layer(len(x_NI)), y.view(-1, y.shape[-1])
-            choice = numba.route_and_add(y_NO, x_NI, layer, *self.rule)
-            if self.record is not None:
-                self._record(Routing(*choice), x.shape)
+            routing = cpu.route_and_add_([y_NO], x_NI, [layer], self.rule)
+            self._record(routing, x.shape)
             return y
         bias_NE, mask_NE = self._bias(len(x_NI)), self._mask(len(x_NI))
         if isinstance(self.record, ScoresRecord):
@@ -120,14 +126,12 @@ class RoutedLinear(WrappedLinear):
                 self.record.append(routing, x.shape[:-1])
         x_NI = x_NI.to(self.a_ERI.dtype)
         if self.router.mixing == "parameters":
-            update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, *routing)
+            update_NO = kernels.mix_parameters(x_NI, self.a_ERI, self.b_ERO, routing)
         elif in_place:
-            kernels.add_loras(y.view(-1, y.shape[-1]), x_NI, self.a_ERI, self.b_ERO, *routing)
+            kernels.add_loras_(y.view(-1, y.shape[-1]), x_NI, self.a_ERI, self.b_ERO, routing)
             return y
         else:
-            update_NO = kernels.mix_loras(
-                x_NI, self.a_ERI, self.b_ERO, routing.weights_NK, routing.expert_ids_NK, self.backend
-            )
+            update_NO = kernels.mix_loras(x_NI, self.a_ERI, self.b_ERO, routing, backend=self.backend)
         return y + update_NO.view(y.shape).to(y.dtype)
 
     @torch.no_grad()
@@ -147,8 +151,8 @@ class RoutedLinear(WrappedLinear):
         if self.fused or self.loops:
             assert isinstance(router, Phatgoose)
             one = split(router.prototypes_EI, self.a_ERI.dtype)
-            self.halves_HPI[:, slot].copy_(one.halves_HPI[:, 0])
-            self.sums_E[slot].copy_(one.sums_E[0])
+            self.gates_HPI[:, slot].copy_(one.gates_HPI[:, 0])
+            self.gate_sums_E[slot].copy_(one.gate_sums_E[0])
 
     def to_base(self) -> RoutedLinear:
         """Move what is new to the device of the base layer (which may be quantised)."""
@@ -157,21 +161,20 @@ class RoutedLinear(WrappedLinear):
         self.a_ERI = self.a_ERI.to(device)
         self.b_ERO = self.b_ERO.to(device)
         if self.fused or self.loops:
-            self.halves_HPI, self.sums_E = self.halves_HPI.to(device), self.sums_E.to(device)
+            self.gates_HPI, self.gate_sums_E = self.gates_HPI.to(device), self.gate_sums_E.to(device)
         self.router.to(device)
         return self
 
     def _base_device(self) -> torch.device:
         return next((p.device for p in self.base.parameters()), torch.device("cpu"))
 
-    def question(self, num_tokens: int) -> tuple[Any, ...]:
-        """What the operators that route take after x, or after the base's weights."""
+    def layer(self, num_tokens: int) -> Layer:
+        """What the kernels read, with the biases of so many tokens."""
         added_NE = self.router.absent_E.unsqueeze(0)
         for term_NE in (self._bias(num_tokens), self._mask(num_tokens)):
             if term_NE is not None:
                 added_NE = added_NE + term_NE
-        prototypes = (self.halves_HPI, self.sums_E)
-        return self.a_ERI, self.b_ERO, *prototypes, added_NE, *self.rule
+        return Layer(self.a_ERI, self.b_ERO, self.gates_HPI, self.gate_sums_E, added_NE)
 
     def takes_loops(self, x_NI: torch.Tensor, *outputs: torch.Tensor) -> bool:
         """Whether Numba's loops are fast for these tokens, and nobody has to follow what happens to them.
@@ -191,16 +194,17 @@ class RoutedLinear(WrappedLinear):
     def _loops_take(self, num_tokens: int) -> bool:
         num_experts, rank, _ = self.a_ERI.shape
         # beside Numba's loops "vectors" is for one token, whose routing they do as well
-        mixing = kernels.choose(num_tokens, self.router.top_k, num_experts, rank, on_cpu=True, numba=True)
+        mixing = kernels.backend_for(num_tokens, self.router.top_k, num_experts, rank, on_cpu=True, numba=True)
         return mixing in ("numba", "vectors")
 
     def loops_layer(self, num_tokens: int) -> Any:
         """What the loops read, with the biases of so many tokens."""
-        from phatgoose.kernels import numba
+        from phatgoose.kernels import cpu
 
         if self._loops_layer is None:
-            prototypes = (self.halves_HPI[0], self.sums_E)
-            self._loops_layer = numba.Layer.of(self.a_ERI, self.b_ERO, *prototypes, self.router.absent_E.unsqueeze(0))
+            absent_1E = self.router.absent_E.unsqueeze(0)
+            whole = Layer(self.a_ERI, self.b_ERO, self.gates_HPI, self.gate_sums_E, absent_1E)
+            self._loops_layer = cpu.LayerArrays.of(whole)
         layer = self._loops_layer
         nothing_added = self.mask_1E is None and self.prompt_mask_BE is None and self.prompt_bias_BE is None
         if nothing_added and not self.router.reads_prompts:
@@ -219,11 +223,11 @@ class RoutedLinear(WrappedLinear):
         self._loops_layer = None
         return super()._apply(fn, recurse)
 
-    def _record(self, routing: Routing, shape: torch.Size) -> None:
-        """For x of that shape, if there is a record."""
+    def _record(self, routing: Routing, shape: torch.Size, g: int = 0) -> None:
+        """For x of that shape, if there is a record; layer g of a routing with an axis G in front."""
         if self.record is not None:
             assert not isinstance(self.record, ScoresRecord)
-            self.record.append(routing, shape[:-1])
+            self.record.append(routing.layer(g), shape[:-1])
 
     def _bias(self, num_tokens: int) -> torch.Tensor | None:
         """Each token's row of `prompt_bias_BE`."""

@@ -20,8 +20,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.sites import check_sites
 from phatgoose.experts.stack import stack_sites, stack_slot
-from phatgoose.kernels import BACKENDS, Backend
-from phatgoose.kernels import settings as kernel_settings
+from phatgoose.kernels import BACKENDS, DEFAULT_OPTIONS, Backend, KernelOptions
 from phatgoose.models.base import base_id, load_base, load_tokenizer
 from phatgoose.routers import check_needs, check_pool, router_class
 from phatgoose.routers.base import PromptRouter
@@ -73,6 +72,7 @@ class RoutedModel(nn.Module):
         backend: Backend = "auto",
         tokenizer: PreTrainedTokenizerBase | None = None,
         capacity: int | None = None,
+        kernel_options: KernelOptions = DEFAULT_OPTIONS,
         **options: Any,
     ) -> RoutedModel:
         """Route `base` among the experts of `pool`.
@@ -89,6 +89,7 @@ class RoutedModel(nn.Module):
             tokenizer: for routers that read prompts; the base's own if None.
             capacity: slots for experts, so that `add_expert` and `remove_expert` can be called; memory is
                 taken for all of them. None for as many as the pool has, which then stay.
+            kernel_options: switches of the Triton kernels.
             options: the other fields of `RouterConfig` (`eps`, `temperature`, ...).
 
         Raises:
@@ -124,9 +125,9 @@ class RoutedModel(nn.Module):
         )
         for site, stack in stacks.items():
             rule = router_type(stack, config)
-            routed = RoutedLinear(model.get_submodule(site), stack, rule, backend)
+            routed = RoutedLinear(model.get_submodule(site), stack, rule, backend, kernel_options)
             model.set_submodule(site, routed.to_base())
-        if kernel_settings.SHARE_INPUT:
+        if kernel_options.share_input:
             share_inputs((site, linear) for site, linear in model.named_modules() if isinstance(linear, RoutedLinear))
         by_slot = [*experts, *[None] * (len(slots) - len(experts))]
         return cls(model, pool, config, router_type.for_prompts(by_slot, config), tokenizer, slots)

@@ -11,18 +11,8 @@ Axes: N tokens, E experts, K slots, I in-features, O out-features.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
-# (token, slot) pairs up to which every pair reads its factors by itself
-MOST_PAIRS_UNSORTED = 128
-# whether the base layer of few tokens runs beside routing and A, on a stream of its own (docs/performance.md)
-BASE_BESIDE = True
-# whether many tokens' updates come before the base layer, which then adds itself
-BASE_AFTER = True
-# whether layers of one input (q, k and v; gate and up) share launches
-SHARE_INPUT = True
-# up to how many tokens each kernel starts before the one in front has ended (programmatic dependent launch, on Hopper
-# and later), where pairs are not sorted; 0 is off. Where they are, B's launches do.
-MOST_TOKENS_PDL = MOST_PAIRS_UNSORTED
 # programs that fill a GPU: the multiprocessors of an H100, H200
 PROGRAMS = 132
 # products of scores (tokens x experts x features) from which on cuBLAS is faster
@@ -92,13 +82,9 @@ class Many:
         return self.cublas and self.shrink_splits == 1 and self.shrink_rows == 64
 
 
-def takes_few(num_tokens: int, top_k: int) -> bool:
-    """Whether the kernels for few tokens are the faster ones."""
-    return num_tokens * top_k <= MOST_PAIRS_UNSORTED
-
-
-def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True) -> Few:
-    """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
+@lru_cache(maxsize=1024)
+def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *, pdl: bool = True) -> Few:
+    """For a shape and a number of layers that share launches; `pdl` is for GPUs since Hopper."""
     if num_tokens <= 4:  # every token reads the prototypes again, from the L2 cache
         block_e, block_i = 8, 256
         programs = num_tokens * (layers * -(-num_experts // block_e) + 1)
@@ -117,14 +103,13 @@ def few(num_tokens: int, num_experts: int, in_features: int, layers: int = 1, *,
         # one warp: a thread then has all of R of its columns (or a quarter), and sums without the other warps
         expand_block_o=64 if num_tokens <= 4 else 256,
         expand_warps=1,
-        pdl=hopper and num_tokens <= MOST_TOKENS_PDL,
+        pdl=pdl,
     )
 
 
-def many(
-    num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1, *, hopper: bool = True
-) -> Many:
-    """For a shape, a number of layers that share launches, and GPUs since Hopper, or before."""
+@lru_cache(maxsize=1024)
+def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers: int = 1, *, pdl: bool = True) -> Many:
+    """For a shape and a number of layers that share launches; `pdl` is for GPUs since Hopper."""
     shrink_rows = _rows(num_tokens * top_k / num_experts, most_from=40)
     tiles = num_tokens * top_k // shrink_rows + num_experts // 2
     # small tiles wait more than they load, so several should be at work on a multiprocessor
@@ -150,7 +135,7 @@ def many(
         expand_block_o=128,
         # factors of many experts want room in the L2 cache too
         expand_bytes=(16 if num_experts <= 256 else 8) << 20,
-        pdl=hopper,
+        pdl=pdl,
     )
     rereads_x = found.cublas and not found.weigh_late and layers * num_experts < LEAST_EXPERTS_REREAD
     if rereads_x and num_tokens * in_features > MOST_NUMBERS_REREAD:

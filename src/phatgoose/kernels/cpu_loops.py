@@ -1,12 +1,7 @@
-"""Routing and mixing on a CPU: loops over tokens and experts, compiled by Numba and shared out among its threads.
+"""Loops over tokens and experts, compiled by Numba and shared out among its threads. `cpu.py` calls them.
 
-`grouped` calls a matrix product for every expert, of a few rows each; with many experts the calls cost more than
-the arithmetic. Here all of them are one loop, and the choice of experts and the sum with the base layer's output
-need no tensors in between. fp32 only; `mix_loras` leaves other dtypes, and whatever wants a gradient, to `grouped`.
-
-Every number has one writer, and sums have a fixed order, so the same input gives the same bits.
-Extra memory: N * E and N * K * R numbers. M below is N * K (token, slot) pairs, sorted by expert, then slot, then
-token. The interpreter's lock is held, so no two loops run at once: one of Numba's thread pools forbids that.
+Every number has one writer, and sums have a fixed order, so the same input gives the same bits. Extra memory: N * E and
+N * K * R numbers. M below is N * K (token, k) pairs, sorted by expert, then k, then token.
 
 Axes: G layers of one x, N tokens, E experts, P experts padded, K chosen experts, I in-features, O out-features, R rank.
 """
@@ -14,144 +9,15 @@ Axes: G layers of one x, N tokens, E experts, P experts padded, K chosen experts
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from functools import lru_cache
-from threading import get_ident
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
-import torch
-from numba import config
-
-from phatgoose.kernels import grouped
 
 Array: TypeAlias = np.ndarray[Any, Any]
 
 # sums may be split over vector lanes; infinities and NaN keep their meaning
 _FASTMATH = {"reassoc", "contract"}
-# columns of y that a thread should have for itself; where there are fewer, threads take tokens, and each reads all of B
-_LEAST_COLUMNS = 512
-
-
-def mix_loras(
-    x_NI: torch.Tensor,
-    a_ERI: torch.Tensor,
-    b_ERO: torch.Tensor,
-    weights_NK: torch.Tensor,
-    expert_ids_NK: torch.Tensor,
-) -> torch.Tensor:
-    """See `phatgoose.kernels.mix_loras`."""
-    tensors = (x_NI, a_ERI, b_ERO, weights_NK)
-    wants_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if wants_gradient or x_NI.device.type != "cpu" or x_NI.dtype != torch.float32:
-        return grouped.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, expert_ids_NK)
-    y_NO = x_NI.new_zeros(x_NI.shape[0], b_ERO.shape[2])
-    threads = _use_threads()
-    x, a, b, weights, ids = (_array(t) for t in (x_NI, a_ERI, b_ERO, weights_NK.float(), expert_ids_NK))
-    _add(y_NO.numpy(), x, a, b, weights, ids, threads)
-    return y_NO
-
-
-class Layer(NamedTuple):
-    """A layer's experts as the loops read them: views of tensors in fp32 on the CPU; what is written there counts.
-
-    Attributes:
-        prototypes_PI, sums_E: see `phatgoose.kernels.prototypes`; the rows beyond E make products of many tokens
-            faster.
-        bias_NE: added to the scores; one row counts for all tokens. -inf forbids an expert.
-    """
-
-    a_ERI: Array
-    b_ERO: Array
-    prototypes_PI: Array
-    sums_E: Array
-    bias_NE: Array
-
-    @classmethod
-    def of(cls, *tensors: torch.Tensor) -> Layer:
-        """From tensors without gaps."""
-        return cls(*(t.detach().numpy() for t in tensors))
-
-
-def route_and_add(
-    y_NO: torch.Tensor, x_NI: torch.Tensor, layer: Layer, top_k: int, eps: float, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Choose experts for each token and add their updates to y_NO; without gradients.
-
-    Of equal scores the lower expert id wins. NaN counts as the largest.
-
-    Args:
-        y_NO: the base layer's output, without gaps, in fp32 on the CPU as x_NI is.
-
-    Returns:
-        (weights_NK in fp32, expert_ids_NK in int64); see `routing_operators.route_and_add_`.
-    """
-    if x_NI.shape[0] == 1:
-        weights_GNK, ids_GNK = route_and_add_shared([y_NO], x_NI, [layer], top_k, eps, temperature)
-        return weights_GNK.view(1, -1), ids_GNK.view(1, -1)
-    threads = _use_threads()
-    x = _array(x_NI)
-    dots_NP = x_NI @ torch.from_numpy(layer.prototypes_PI).T
-    rule = (top_k, eps, temperature)
-    weights_NK, ids_NK = _choose(dots_NP.numpy(), x, layer.sums_E, layer.bias_NE, *rule, threads)
-    _add(y_NO.numpy(), x, layer.a_ERI, layer.b_ERO, weights_NK, ids_NK, threads)
-    return torch.from_numpy(weights_NK), torch.from_numpy(ids_NK)
-
-
-def route_and_add_shared(
-    outputs: Sequence[torch.Tensor],
-    x_1I: torch.Tensor,
-    layers: Sequence[Layer],
-    top_k: int,
-    eps: float,
-    temperature: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `route_and_add` does, for one token and some layers of one x in one call: that costs as much as a layer.
-
-    Args:
-        outputs: y_1O of each layer.
-        layers: of one shape, but for b_ERO.
-
-    Returns:
-        (weights_GNK, expert_ids_GNK), N = 1.
-    """
-    threads = _use_threads()
-    ys = tuple([y_1O.numpy() for y_1O in outputs])
-    downs, ups, prototypes, sums, biases = zip(*layers, strict=True)
-    read = (_array(x_1I), downs, ups, prototypes, sums, biases)
-    weights_GNK, ids_GNK = _route_and_add_one(ys, *read, top_k, eps, temperature, threads)
-    return torch.from_numpy(weights_GNK), torch.from_numpy(ids_GNK)
-
-
-def _add(y_NO: Array, x_NI: Array, a_ERI: Array, b_ERO: Array, weights_NK: Array, ids_NK: Array, threads: int) -> None:
-    """y_NO += the updates."""
-    pairs_M, begins = _sorted_pairs(ids_NK, len(a_ERI))
-    h_MR = _shrink(x_NI, a_ERI, weights_NK, pairs_M, begins)
-    by_columns = min(threads, max(1, y_NO.shape[1] // _LEAST_COLUMNS))
-    _expand(h_MR, b_ERO, pairs_M, begins, y_NO, ids_NK.shape[1], by_columns, -(-threads // by_columns))
-
-
-def _use_threads() -> int:
-    """As many as PyTorch."""
-    return _set_threads(torch.get_num_threads(), get_ident())
-
-
-@lru_cache(maxsize=1)
-def _set_threads(number: int, caller: int) -> int:
-    """Numba has a number for each thread that calls it; asking for it each time would take as long as a row of A.
-
-    Numba changes PyTorch's number when it starts its threads, where both use one OpenMP.
-    """
-    threads = min(number, config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-    numba.set_num_threads(threads)
-    if torch.get_num_threads() != number:
-        torch.set_num_threads(number)
-    return threads
-
-
-def _array(tensor: torch.Tensor) -> Array:
-    return (tensor.detach() if tensor.requires_grad else tensor).contiguous().numpy()
 
 
 @numba.njit(cache=True, fastmath=_FASTMATH)
@@ -217,7 +83,7 @@ def _choose_one(
 
 
 @numba.njit(cache=True, parallel=True)
-def _choose(
+def choose(
     dots_NP: Array,
     x_NI: Array,
     sums_E: Array,
@@ -275,7 +141,7 @@ def _add_ones(
 
 
 @numba.njit(cache=True)
-def _route_and_add_one(
+def route_and_add_one(
     ys: tuple[Array, ...],
     x_NI: Array,
     downs: tuple[Array, ...],
@@ -288,7 +154,7 @@ def _route_and_add_one(
     temperature: float,
     threads: int,
 ) -> tuple[Array, Array]:
-    """`route_and_add_shared`, in one call: more would cost more."""
+    """Route one token and add its updates, for all layers of x in one call: more would cost more."""
     mean, rstd = _mean_and_rstd(x_NI, 0, eps)
     dots_GE = _dots(prototypes, x_NI[0], len(sums[0]), threads)
     weights_GNK = np.empty((len(ys), 1, top_k), np.float32)
@@ -327,8 +193,8 @@ def _add_one(y_O: Array, x_I: Array, a_RI: Array, b_RO: Array, weight: Any) -> N
 
 
 @numba.njit(cache=True)
-def _sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
-    """(pairs_M as n * K + k, begins of the bins expert * K + slot), by counting."""
+def sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
+    """(pairs_M as n * K + k, begins of the bins expert * K + k), by counting."""
     num_tokens, top_k = ids_NK.shape
     begins = np.zeros(num_experts * top_k + 1, np.int64)
     for n in range(num_tokens):
@@ -346,7 +212,7 @@ def _sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
 
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
-def _shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins: Array) -> Array:
+def shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins: Array) -> Array:
     """h_MR: weight * (A x) of sorted pairs; by two tokens and four rows of A, so that fewer numbers are loaded."""
     num_experts, rank, in_features = a_ERI.shape
     top_k = weights_NK.shape[1]
@@ -390,7 +256,7 @@ def _shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins
 
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
-def _expand(
+def expand(
     h_MR: Array, b_ERO: Array, pairs_M: Array, begins: Array, y_NO: Array, top_k: int, by_columns: int, by_tokens: int
 ) -> None:
     """y_NO += B h, in `by_columns` * `by_tokens` shares of y: a share has one thread, which reads every B once.

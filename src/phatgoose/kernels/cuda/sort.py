@@ -1,12 +1,11 @@
-"""Triton: (token, slot) pairs in the order of their experts, by counting. No atomics, so always the same order.
+"""Triton: (token, k) pairs in the order of their experts, by counting. No atomics, so always the same order.
 
-1. `choose_many`: a program of one warp for each token, so that nothing waits for another warp; for all layers of x.
-2. `place_pairs`: a program for each expert reads all ids. It counts those of lower experts, so it knows where its own
-   pairs begin, and writes them: E * N * K small numbers are read, from the L2 cache, in place of a count for each block
-   of tokens that would have to be waited for.
+A pair is n * K + k. An expert's pairs lie together, those of k = 0 first. So `many.shrink_many` takes an expert's pairs
+as one group, and `many.expand_many` the pairs of one k, in which no token occurs twice.
 
-A pair is n * K + k. An expert's pairs lie together, those of slot 0 first. So `shrink_many` takes an expert's pairs as
-one group, and `expand_many` the pairs of one slot, in which no token occurs twice.
+`place_pairs` has a program for each expert, which reads all ids. It counts those of lower experts, so it knows where
+its own pairs begin, and writes them: E * N * K small numbers are read, from the L2 cache, in place of a count for each
+block of tokens that would have to be waited for.
 
 Each group is cut into tiles of so many pairs. The group of expert e that begins at number b of its order has the tiles
 from b // rows + e on: enough, for it needs (b + size) // rows - b // rows + 1 at most, and known without the sizes of
@@ -14,117 +13,20 @@ other groups' tiles. What a group does not need is empty.
 
 Layers of one x share launches: axis 1 of the grid, up to three G.
 
-Axes: G layers of one x, N tokens, E experts, K slots, M = N * K pairs, T tiles.
+Axes: G layers of one x, N tokens, E experts, K chosen experts, M = N * K pairs, T tiles.
 (`while`, because Triton's interpreter does not take a run-time bound in `range` under new numpys.)
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.scoring import choose, keys_of_one, mean_and_rstd, of_layer, read_sums, sums_of_row
-
-
-@triton.jit
-def count_finite(bias_ptr, num_experts, E_PAD: tl.constexpr):
-    """How many biases of a token are neither 0 nor -inf."""
-    e = tl.arange(0, E_PAD)
-    bias_E = tl.load(bias_ptr + e, mask=e < num_experts, other=0.0)
-    return tl.sum(((bias_E != 0.0) & (bias_E != float("-inf"))).to(tl.int32), axis=0)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def choose_many(
-    x_ptr,
-    dots_ptr,
-    stats_ptr,
-    means_ptr,
-    sums0_ptr,
-    sums1_ptr,
-    sums2_ptr,
-    bias0_ptr,
-    bias1_ptr,
-    bias2_ptr,
-    weights_ptr,
-    ids_ptr,
-    ids_KN_ptr,
-    num_tokens,
-    num_experts,
-    in_features,
-    stride_x,
-    stride_e,
-    stride_n,
-    stride_s,
-    stride_g,
-    stride_bias,
-    stride_k,
-    eps,
-    temperature,
-    LAYERS: tl.constexpr,
-    PARTS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    STEPS: tl.constexpr,
-    E_PAD: tl.constexpr,
-    TOP_K: tl.constexpr,
-    K_PAD: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    LATE: tl.constexpr,
-):
-    """weights_GNK and expert_ids_GNK from parts of scores; the ids again as ids_GKN, of 4 bytes.
-
-    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest.
-    A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
-
-    Sums of x are read, or (SPLITS = 0) made here: x is then read once for all layers. LATE: what x is read by next
-    makes them. The sum alone is a product with ones, behind the scores of the first layer. Scores are chosen by before
-    rstd multiplies them, and written in place of weights; means_N2 says what is to be done: (the mean of x, 0). Only
-    where a finite bias is added does the order depend on rstd; there rstd multiplies here, and means_N2 is (mean, 1).
-    """
-    token = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, K_PAD)
-    total, square = 0.0, 0.0
-    late = LATE
-    if LATE and HAS_BIAS:
-        finite = 0
-        for g in tl.static_range(LAYERS):
-            bias_ptr = of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS)
-            finite += count_finite(bias_ptr + token * stride_bias, num_experts, E_PAD)
-        late = finite == 0
-    if SPLITS > 0:
-        total, square = read_sums(stats_ptr, token, num_tokens, SPLITS)
-    elif late:
-        total = tl.load(dots_ptr + token * stride_n + num_experts)
-    else:
-        total, square = sums_of_row(x_ptr + token * stride_x, in_features, BLOCK_I, STEPS)
-    mean, rstd = mean_and_rstd(total, square, in_features, eps)
-    if LATE:
-        rstd = tl.where(late, 1.0, rstd)
-        tl.store(means_ptr + 2 * token, mean)
-        tl.store(means_ptr + 2 * token + 1, tl.where(late, 0.0, 1.0))
-    for g in tl.static_range(LAYERS):
-        keys_E = keys_of_one(
-            dots_ptr + g * stride_g.to(tl.int64),
-            of_layer(g, sums0_ptr, sums1_ptr, sums2_ptr, LAYERS),
-            of_layer(g, bias0_ptr, bias1_ptr, bias2_ptr, LAYERS),
-            token,
-            mean,
-            rstd,
-            num_experts,
-            stride_e,
-            stride_n,
-            stride_s,
-            stride_bias,
-            PARTS,
-            E_PAD,
-            HAS_BIAS,
-        )
-        weights_K, ids_K = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K, not LATE)
-        at_K = (token + g * num_tokens.to(tl.int64)) * TOP_K + k
-        tl.store(weights_ptr + at_K, weights_K, mask=k < TOP_K)
-        tl.store(ids_ptr + at_K, ids_K.to(tl.int64), mask=k < TOP_K)
-        tl.store(ids_KN_ptr + (g * TOP_K + k) * stride_k + token, ids_K, mask=k < TOP_K)
+from phatgoose.kernels.cuda.settings import Many, power_of_two
+from phatgoose.kernels.prototypes import padded
 
 
 @triton.jit
@@ -233,3 +135,60 @@ def place_pairs(
         first = tl.sum(tl.where(k == slot, first_K, 0), axis=0)
         own = tl.sum(tl.where(k == slot, own_K, 0), axis=0)
         write_tiles(expand_ptr + slot * 3 * expand_tiles, e, lower, first, own, expand_tiles, EXPAND_ROWS, BLOCK_T)
+
+
+class Sorted(NamedTuple):
+    """Pairs in the order of their experts, and the tiles that they are cut into. All with an axis G in front."""
+
+    pairs_M: torch.Tensor
+    shrink_tiles_3T: torch.Tensor
+    expand_tiles_K3T: torch.Tensor
+
+    def layer(self, g: int) -> Sorted:
+        """One layer's, of several."""
+        return Sorted(*(tensor.select(0, g) for tensor in self))
+
+
+def narrow_ids(expert_ids_GNK: torch.Tensor) -> torch.Tensor:
+    """int32 ids_GKN, rows `padded` with anything."""
+    layers, num_tokens, top_k = expert_ids_GNK.shape
+    ids_GKN = expert_ids_GNK.new_empty(layers, top_k, padded(num_tokens), dtype=torch.int32)
+    ids_GKN[:, :, :num_tokens] = expert_ids_GNK.transpose(1, 2)
+    return ids_GKN
+
+
+def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, settings: Many) -> Sorted:
+    """The pairs of a choice, given by `narrow_ids`."""
+    layers, top_k, stride_k = ids_GKN.shape
+    shrink_tiles = _most_tiles(num_tokens * top_k, num_experts, settings.shrink_rows)
+    expand_tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
+    found = Sorted(
+        ids_GKN.new_empty(layers, num_tokens * top_k),
+        ids_GKN.new_empty(layers, 3, shrink_tiles),
+        ids_GKN.new_empty(layers, top_k, 3, expand_tiles),
+    )
+    block_n = min(settings.place_block_n, power_of_two(num_tokens))
+    steps = triton.cdiv(num_tokens, block_n)
+    place_pairs[(num_experts, layers)](
+        ids_GKN,
+        *found,
+        num_tokens,
+        stride_k,
+        steps,
+        shrink_tiles,
+        expand_tiles,
+        TOP_K=top_k,
+        K_PAD=power_of_two(top_k),
+        BLOCK_N=block_n,
+        BLOCK_T=32,
+        SHRINK_ROWS=settings.shrink_rows,
+        EXPAND_ROWS=settings.expand_rows,
+        AT_ONCE=steps == 1,
+        num_warps=settings.place_warps,
+    )
+    return found
+
+
+def _most_tiles(pairs: int, num_experts: int, rows: int) -> int:
+    """How many tiles `place_pairs` numbers."""
+    return pairs // rows + num_experts
