@@ -17,7 +17,7 @@ from helpers.models import llama
 from helpers.pools import make_pool
 from phatgoose import kernels
 from phatgoose.errors import ConfigError
-from phatgoose.kernels import BACKENDS, choose, runs_numba
+from phatgoose.kernels import BACKENDS, Routing, backend_for, choose, runs_numba
 from phatgoose.routing.model import RoutedModel
 
 IMPLEMENTED = [backend for backend in BACKENDS if backend != "auto"]
@@ -64,8 +64,13 @@ def upstream(y: torch.Tensor) -> torch.Tensor:
 def run(backend: str, inputs: list[torch.Tensor], ids_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """y and the gradients of x, a, b and weights."""
     leaves = [t.clone().requires_grad_() for t in inputs]
-    y_NO = kernels.mix_loras(*leaves, ids_NK, backend)
+    y_NO = mix(leaves, ids_NK, backend)
     return y_NO.detach(), *torch.autograd.grad(y_NO, leaves, upstream(y_NO))
+
+
+def mix(inputs: list[torch.Tensor], ids_NK: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    x_NI, a_ERI, b_ERO, weights_NK = inputs
+    return kernels.mix_loras(x_NI, a_ERI, b_ERO, Routing(weights_NK, ids_NK), backend=backend)
 
 
 def oracle(inputs: list[torch.Tensor], ids_NK: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -88,7 +93,7 @@ def check(backend: str, shape: Shape, dtype: torch.dtype, pattern: str = "random
 def check_without_gradient(backend: str, shape: Shape, dtype: torch.dtype, pattern: str = "random") -> None:
     """Some backends do something else then."""
     inputs, ids_NK = make_inputs(shape, dtype, pattern)
-    found, expected = kernels.mix_loras(*inputs, ids_NK, backend), oracle(inputs, ids_NK)[0]
+    found, expected = mix(inputs, ids_NK, backend), oracle(inputs, ids_NK)[0]
     assert found.shape == expected.shape and found.dtype == dtype
     error = (found.double() - expected).norm(dim=-1).max() / expected.norm(dim=-1).max()
     assert error <= EPS_UNITS[dtype] * torch.finfo(dtype).eps
@@ -112,7 +117,7 @@ def test_patterns_and_dtypes(backend: str, pattern: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_tokens(backend: str) -> None:
     inputs, ids_NK = make_inputs(FULL._replace(tokens=0), torch.float32)
-    assert kernels.mix_loras(*inputs, ids_NK, backend).shape == (0, FULL.outputs)
+    assert mix(inputs, ids_NK, backend).shape == (0, FULL.outputs)
 
 
 @pytest.mark.parametrize("dtype", EPS_UNITS, ids=str)
@@ -127,32 +132,32 @@ def test_same_bits_twice(backend: str, dtype: torch.dtype) -> None:
 def test_padded_rank_changes_nothing(backend: str) -> None:
     (x_NI, a_ERI, b_ERO, weights_NK), ids_NK = make_inputs(FULL, torch.float32)
     wide = (torch.nn.functional.pad(t, (0, 0, 0, 8)) for t in (a_ERI, b_ERO))
-    found = kernels.mix_loras(x_NI, *wide, weights_NK, ids_NK, backend)
-    torch.testing.assert_close(found, kernels.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK, backend))
+    found = mix([x_NI, *wide, weights_NK], ids_NK, backend)
+    torch.testing.assert_close(found, mix([x_NI, a_ERI, b_ERO, weights_NK], ids_NK, backend))
 
 
 @pytest.mark.parametrize("numba", [True, False])
 def test_auto_takes_every_fast_backend(numba: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What `choose` picks, and that "auto" is that backend to the bit."""
-    monkeypatch.setattr(kernels, "runs_numba", lambda dtype: numba)
+    monkeypatch.setattr(choose, "runs_numba", lambda dtype: numba)
     picked = set()
     for shape in SHAPES:
         inputs, ids_NK = make_inputs(shape, torch.float32)
-        backend = choose(shape.tokens, shape.top_k, shape.experts, shape.rank, on_cpu=True, numba=numba)
+        backend = backend_for(shape.tokens, shape.top_k, shape.experts, shape.rank, on_cpu=True, numba=numba)
         picked.add(backend)
-        assert torch.equal(kernels.mix_loras(*inputs, ids_NK), kernels.mix_loras(*inputs, ids_NK, backend))
+        assert torch.equal(mix(inputs, ids_NK), mix(inputs, ids_NK, backend))
     assert picked == {"dense", "numba"} if numba else {"vectors", "dense", "grouped"}
-    assert choose(1, 2, 166, 16, on_cpu=True, numba=numba) == "vectors"
-    assert choose(1, 2, 166, 16, on_cpu=False) == "gather"
+    assert backend_for(1, 2, 166, 16, on_cpu=True, numba=numba) == "vectors"
+    assert backend_for(1, 2, 166, 16, on_cpu=False) == "gather"
 
 
 def test_numba_is_not_taken_where_it_would_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs_numba(torch.float32) and not runs_numba(torch.bfloat16)
     runs_numba.cache_clear()
-    monkeypatch.setattr("phatgoose.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("phatgoose.kernels.choose.find_spec", lambda name: None)
     assert not runs_numba(torch.float32)
     with pytest.raises(ConfigError, match=r"phatgoose\[numba\]"):
-        kernels.load("numba")
+        mix(*make_inputs(FULL, torch.float32), "numba")
     runs_numba.cache_clear()
 
 
@@ -187,7 +192,7 @@ def test_no_tensor_of_tokens_times_experts_times_outputs(backend: kernels.Backen
     a_ERI, b_ERO = torch.randn(experts, rank, features), torch.randn(experts, rank, features)
     ids_NK = torch.rand(tokens, experts).topk(top_k).indices
     with Largest() as seen:
-        kernels.mix_loras(x_NI, a_ERI, b_ERO, torch.full((tokens, top_k), 0.5), ids_NK, backend)
+        mix([x_NI, a_ERI, b_ERO, torch.full((tokens, top_k), 0.5)], ids_NK, backend)
     assert seen.numel > 0
     assert seen.numel <= max(tokens * top_k * rank * features, experts * rank * features)
     assert seen.numel < tokens * experts * features

@@ -7,6 +7,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from helpers.checks import assert_close
 from helpers.data import token_ids
 from helpers.models import llama
 from helpers.pools import make_pool
-from phatgoose.kernels import numba, reference, settings
+from phatgoose.kernels import KernelOptions, Layer, Routing, Rule, cpu, reference
 from phatgoose.kernels.prototypes import split
 from phatgoose.routing.model import RoutedModel
 
@@ -30,10 +31,9 @@ def layer(top_k: int, rank: int = 6, mean: float = 0.5) -> tuple[torch.Tensor, .
     return torch.randn(TOKENS, INPUTS) + mean, *factors, gates_EI / math.sqrt(INPUTS)
 
 
-def one_number(prototypes_EI: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(prototypes, their sums) as loops in fp32 read them."""
-    halves_HPI, sums_E = split(prototypes_EI, torch.float32)
-    return halves_HPI[0], sums_E
+def arrays(a_ERI: torch.Tensor, b_ERO: torch.Tensor, prototypes_EI: torch.Tensor, bias_NE: torch.Tensor) -> Any:
+    """What the loops read of a layer."""
+    return cpu.LayerArrays.of(Layer(a_ERI, b_ERO, *split(prototypes_EI, torch.float32), bias_NE))
 
 
 def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
@@ -46,15 +46,14 @@ def scores(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 5])
 def test_route_and_add(top_k: int, mean: float, rows: int, at_once: int) -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(top_k, mean=mean)
-    hi_EI, sums_E = one_number(prototypes_EI)
     bias_NE = torch.randn(rows, EXPERTS)
     bias_NE[:, 3] = -math.inf
     y_NO = torch.full((TOKENS, OUTPUTS), 0.25)
     found = []
     for n in range(0, TOKENS, at_once):
         tokens = slice(n, n + at_once)
-        whole = numba.Layer.of(a_ERI, b_ERO, hi_EI, sums_E, bias_NE if rows == 1 else bias_NE[tokens])
-        found.append(numba.route_and_add(y_NO[tokens], x_NI[tokens], whole, top_k, EPS, 0.5))
+        whole = arrays(a_ERI, b_ERO, prototypes_EI, bias_NE if rows == 1 else bias_NE[tokens])
+        found.append(cpu.route_and_add_([y_NO[tokens]], x_NI[tokens], [whole], Rule(top_k, EPS, 0.5)).layer(0))
     weights_NK, ids_NK = (torch.cat(parts) for parts in zip(*found, strict=True))
     top_NK, expected_NK = (scores(x_NI, prototypes_EI) + bias_NE).topk(top_k)
     # a mean of 300 takes as much of fp32's bits
@@ -66,7 +65,7 @@ def test_route_and_add(top_k: int, mean: float, rows: int, at_once: int) -> None
     torch.testing.assert_close(
         weights_NK[clear_N].double(), (top_NK / 0.5).softmax(1)[clear_N], rtol=0, atol=4 * tolerance
     )
-    expected = 0.25 + reference.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+    expected = 0.25 + reference.mix_loras(x_NI, a_ERI, b_ERO, Routing(weights_NK, ids_NK))
     torch.testing.assert_close(y_NO, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
@@ -78,7 +77,8 @@ from phatgoose import kernels
 for number in (1, 2):
     torch.set_num_threads(number)
     factors = torch.randn(2, 40, 4, 64)
-    kernels.mix_loras(torch.randn(9, 64), *factors, torch.ones(9, 2), torch.zeros(9, 2, dtype=int), "numba")
+    routing = kernels.Routing(torch.ones(9, 2), torch.zeros(9, 2, dtype=int))
+    kernels.mix_loras(torch.randn(9, 64), *factors, routing, backend="numba")
     print(torch.get_num_threads())
 """
     found = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
@@ -95,28 +95,26 @@ def test_threads_share_the_output_by_columns_and_tokens(outputs: int, threads: i
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = numba.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+        found = cpu.mix_loras(x_NI, a_ERI, b_ERO, Routing(weights_NK, ids_NK))
     finally:
         torch.set_num_threads(before)
-    expected = reference.mix_loras(x_NI, a_ERI, b_ERO, weights_NK, ids_NK)
+    expected = reference.mix_loras(x_NI, a_ERI, b_ERO, Routing(weights_NK, ids_NK))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_same_bits_twice() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
-    prototypes = one_number(prototypes_EI)
     found = []
     for _ in range(2):
         y_NO = torch.zeros(TOKENS, OUTPUTS)
-        whole = numba.Layer.of(a_ERI, b_ERO, *prototypes, torch.zeros(1, EXPERTS))
-        found.append((y_NO, *numba.route_and_add(y_NO, x_NI, whole, 2, EPS, 1.0)))
+        whole = arrays(a_ERI, b_ERO, prototypes_EI, torch.zeros(1, EXPERTS))
+        found.append((y_NO, *cpu.route_and_add_([y_NO], x_NI, [whole], Rule(2, EPS, 1.0))))
     for once, again in zip(*found, strict=True):
         assert torch.equal(once, again)
 
 
 def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
     x_NI, a_ERI, b_ERO, prototypes_EI = layer(2)
-    hi_EI, sums_E = one_number(torch.zeros_like(prototypes_EI))
     bias_NE = torch.zeros(1, EXPERTS)
     bias_NE[0, 0] = -1.0
 
@@ -124,8 +122,9 @@ def test_the_lower_of_equal_scores_wins_and_nan_is_the_largest() -> None:
         found = []
         for tokens in (TOKENS, 1):
             y_NO = torch.zeros(tokens, OUTPUTS)
-            whole = numba.Layer.of(a_ERI, b_ERO, hi_EI, sums_E, bias_NE)
-            weights_NK, ids_NK = numba.route_and_add(y_NO, x_NI[:tokens], whole, top_k, EPS, 1.0)
+            whole = arrays(a_ERI, b_ERO, torch.zeros_like(prototypes_EI), bias_NE)
+            rule = Rule(top_k, EPS, 1.0)
+            weights_NK, ids_NK = cpu.route_and_add_([y_NO], x_NI[:tokens], [whole], rule).layer(0)
             found.append((ids_NK[0].tolist(), pytest.approx(weights_NK[0].tolist())))
         assert found[0][0] == found[1][0] and found[0][1].expected == found[1][1]
         return found[0][0], found[0][1].expected
@@ -145,14 +144,13 @@ def test_layers_of_one_input_get_what_each_gets_alone() -> None:
     layers = []
     for width in widths:
         factors = torch.randn(EXPERTS, 6, INPUTS), torch.randn(EXPERTS, 6, width)
-        prototypes = one_number(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5)
-        layers.append(numba.Layer.of(*factors, *prototypes, torch.randn(1, EXPERTS)))
-    together = [torch.full((1, width), 0.25) for width in widths]
-    weights_GNK, ids_GNK = numba.route_and_add_shared(together, x_NI, layers, 2, EPS, 0.5)
+        layers.append(arrays(*factors, torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, torch.randn(1, EXPERTS)))
+    together, rule = [torch.full((1, width), 0.25) for width in widths], Rule(2, EPS, 0.5)
+    weights_GNK, ids_GNK = cpu.route_and_add_(together, x_NI, layers, rule)
     assert len(set(map(str, ids_GNK.tolist()))) > 1
     for g, one in enumerate(layers):
         y_NO = torch.full((1, widths[g]), 0.25)
-        alone = numba.route_and_add(y_NO, x_NI, one, 2, EPS, 0.5)
+        alone = cpu.route_and_add_([y_NO], x_NI, [one], rule).layer(0)
         for found, expected in zip((together[g], weights_GNK[g], ids_GNK[g]), (y_NO, *alone), strict=True):
             assert torch.equal(found, expected)
 
@@ -161,16 +159,16 @@ def test_layers_of_one_input_get_what_each_gets_alone() -> None:
 @pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior"])
 def test_one_token_after_another(router: str, sharing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Query, key and value, gate and up share a call of the loops; or each has its own."""
-    monkeypatch.setattr(settings, "SHARE_INPUT", sharing)
     called = []
-    real = numba.route_and_add_shared
-    monkeypatch.setattr(numba, "route_and_add_shared", lambda ys, *rest: called.append(len(ys)) or real(ys, *rest))
+    real = cpu._route_and_add_one
+    monkeypatch.setattr(cpu, "_route_and_add_one", lambda ys, *rest: called.append(len(ys)) or real(ys, *rest))
     pool = make_pool(llama, tmp_path, num_experts=12)
     ids = token_ids(1, 5)
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
     found = []
+    kernel_options = KernelOptions(share_input=sharing)
     for backend in ("numba", "reference"):
-        model = RoutedModel.from_pool(llama(), pool, router=router, backend=backend)
+        model = RoutedModel.from_pool(llama(), pool, router=router, backend=backend, kernel_options=kernel_options)
         with model.trace() as trace, model.without(["e1"]):
             tokens = model.generate(ids, **options)
         found.append((tokens, {site: trace.routing(site) for site in trace.sites}))

@@ -22,10 +22,11 @@ import torch
 
 pytest.importorskip("triton")
 from helpers.kernels import Shape
-from phatgoose.kernels import settings
-from phatgoose.kernels.launches import Choice, Question, add_few, add_few_shared
+from phatgoose.kernels import Layer as KernelLayer
+from phatgoose.kernels import Routing, Rule
+from phatgoose.kernels.cuda import few, many, settings
+from phatgoose.kernels.cuda.sort import narrow_ids, sort_pairs
 from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, add_many_shared, linears_after, narrow_ids, sort_pairs
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5
@@ -55,6 +56,13 @@ class Layer(NamedTuple):
     prototypes_EI: torch.Tensor
 
 
+class Asked(NamedTuple):
+    """How a layer is routed: the kernels' own view of it, and the rule."""
+
+    layer: KernelLayer
+    rule: Rule
+
+
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
     """torch.empty gives NaN and large integers."""
@@ -73,20 +81,28 @@ def make_layer(shape: Shape, dtype: torch.dtype, mean: float = 0.5) -> Layer:
     return Layer(*(t.to(DEVICE) for t in (x_NI, a_ERI, b_ERO, gates_EI / math.sqrt(shape.inputs))))
 
 
-def ask(layer: Layer, top_k: int, bias_NE: torch.Tensor | None = None, temperature: float = 1.0) -> Question:
-    return Question(*split(layer.prototypes_EI, layer.x_NI.dtype), bias_NE, top_k, EPS, temperature)
+def ask(layer: Layer, top_k: int, bias_NE: torch.Tensor | None = None, temperature: float = 1.0) -> Asked:
+    prototypes = split(layer.prototypes_EI, layer.x_NI.dtype)
+    return Asked(KernelLayer(layer.a_ERI, layer.b_ERO, *prototypes, bias_NE), Rule(top_k, EPS, temperature))
 
 
-def add(kernel: str, layer: Layer, routing: Question | Choice, **changes: Any) -> tuple[torch.Tensor, Choice]:
-    """(0.25 + the updates, the choice)."""
+def chosen_settings(kernel: str, layer: Layer, top_k: int, **changes: Any) -> Any:
     (num_tokens, inputs), num_experts = layer.x_NI.shape, len(layer.a_ERI)
-    y_NO = layer.x_NI.new_full((num_tokens, layer.b_ERO.shape[2]), 0.25)
     if kernel == "few":
-        few = dataclasses.replace(settings.few(num_tokens, num_experts, inputs), **changes)
-        return y_NO, add_few(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, routing, few)
-    top_k = routing.top_k if isinstance(routing, Question) else routing.weights_NK.shape[1]
-    many = dataclasses.replace(settings.many(num_tokens, top_k, num_experts, inputs), **changes)
-    return y_NO, add_many(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, routing, many)
+        return dataclasses.replace(settings.few(num_tokens, num_experts, inputs), **changes)
+    return dataclasses.replace(settings.many(num_tokens, top_k, num_experts, inputs), **changes)
+
+
+def add(kernel: str, layer: Layer, routing: Asked | Routing, **changes: Any) -> tuple[torch.Tensor, Routing]:
+    """(0.25 + the updates, the routing)."""
+    y_NO = layer.x_NI.new_full((len(layer.x_NI), layer.b_ERO.shape[2]), 0.25)
+    kernels: Any = few if kernel == "few" else many
+    if isinstance(routing, Routing):
+        chosen = chosen_settings(kernel, layer, routing.weights_NK.shape[1], **changes)
+        kernels.add_given_(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, routing, chosen)
+        return y_NO, routing
+    chosen = chosen_settings(kernel, layer, routing.rule.top_k, **changes)
+    return y_NO, kernels.add_([y_NO], layer.x_NI, [routing.layer], routing.rule, chosen).layer(0)
 
 
 def true_scores(layer: Layer, bias_NE: torch.Tensor | None = None) -> torch.Tensor:
@@ -95,7 +111,7 @@ def true_scores(layer: Layer, bias_NE: torch.Tensor | None = None) -> torch.Tens
     return scores_NE if bias_NE is None else scores_NE + bias_NE
 
 
-def check_choice(choice: Choice, scores_NE: torch.Tensor, error: float, temperature: float = 1.0) -> None:
+def check_choice(choice: Routing, scores_NE: torch.Tensor, error: float, temperature: float = 1.0) -> None:
     """The lower id of equal scores wins, so a stable sort says who is chosen."""
     top_k = choice.weights_NK.shape[1]
     assert choice.weights_NK.dtype == torch.float32 and choice.expert_ids_NK.dtype == torch.int64
@@ -111,7 +127,7 @@ def check_choice(choice: Choice, scores_NE: torch.Tensor, error: float, temperat
     torch.testing.assert_close(choice.weights_NK.double(), weights_NK, rtol=0, atol=4 * error / temperature)
 
 
-def check_y(y_NO: torch.Tensor, layer: Layer, choice: Choice) -> None:
+def check_y(y_NO: torch.Tensor, layer: Layer, choice: Routing) -> None:
     a, b = layer.a_ERI.double(), layer.b_ERO.double()
     expected = y_NO.new_full(y_NO.shape, 0.25, dtype=torch.float64)
     for n, x_I in enumerate(layer.x_NI.double()):
@@ -212,7 +228,7 @@ def routings(shape: Shape) -> dict[str, torch.Tensor]:
 def test_given_routing(kernel: str, pattern: str) -> None:
     layer = make_layer(MIDDLE, torch.float32)
     ids_NK = routings(MIDDLE)[pattern].to(DEVICE)
-    choice = Choice(torch.rand(ids_NK.shape, device=DEVICE), ids_NK)
+    choice = Routing(torch.rand(ids_NK.shape, device=DEVICE), ids_NK)
     y_NO, _ = add(kernel, layer, choice)
     check_y(y_NO, layer, choice)
 
@@ -230,8 +246,8 @@ def test_pairs_placed_in_several_steps(place_block_n: int, tokens: int) -> None:
 @pytest.mark.parametrize("pattern", routings(MIDDLE._replace(tokens=130)))
 def test_tiles_cover_every_pair_once(pattern: str, rows: int) -> None:
     ids_NK = routings(MIDDLE._replace(tokens=130))[pattern].to(DEVICE)
-    many = dataclasses.replace(settings.many(130, 2, MIDDLE.experts, 64), shrink_rows=16, expand_rows=rows)
-    found = sort_pairs(narrow_ids(ids_NK.unsqueeze(0)), 130, MIDDLE.experts, many).of_layer(0)
+    tiles = dataclasses.replace(settings.many(130, 2, MIDDLE.experts, 64), shrink_rows=16, expand_rows=rows)
+    found = sort_pairs(narrow_ids(ids_NK.unsqueeze(0)), 130, MIDDLE.experts, tiles).layer(0)
     key = ids_NK * 2 + torch.arange(2, device=DEVICE)  # an expert's pairs of slot 0 first
     assert torch.equal(found.pairs_M.long(), key.flatten().argsort(stable=True))
     slots = [(found.shrink_tiles_3T, 16, None)] + [(found.expand_tiles_K3T[k], rows, k) for k in range(2)]
@@ -299,7 +315,8 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
     _, choice = add(kernel, layer, question)
     # the sums of squares lose (mean / std)**2 eps of the variance
     check_choice(choice, true_scores(layer), SCORE_ERROR[torch.bfloat16] + 400 * 2**-22)
-    _, without = add(kernel, layer, question._replace(sums_E=torch.zeros_like(question.sums_E)))
+    no_sums = question.layer._replace(gate_sums_E=torch.zeros_like(question.layer.gate_sums_E))
+    _, without = add(kernel, layer, question._replace(layer=no_sums))
     assert (without.weights_NK - choice.weights_NK).abs().max() > SCORE_ERROR[torch.bfloat16]
 
 
@@ -332,23 +349,21 @@ def test_layers_that_share_launches(kernel: str, tokens: int, outputs: tuple[int
     if kernel == "late":  # where nothing but a mask is added, A makes the weights
         biases = [torch.where(bias_NE > 1, -math.inf, 0.0) for bias_NE in biases]
     questions = [ask(layer, 2, bias_NE) for layer, bias_NE in zip(layers, biases, strict=True)]
-    together: Any = add_few_shared if kernel == "few" else add_many_shared
-    by_itself: Any = add_few if kernel == "few" else add_many
-    few, many = (
-        settings.few(tokens, shape.experts, shape.inputs, len(layers)),
-        settings.many(tokens, 2, shape.experts, shape.inputs, len(layers)),
-    )
-    rows = {"shrink_splits": 1, "shrink_rows": 64} if kernel == "late" else {"shrink_rows": 16}
-    assert (few if kernel == "few" else many).shrink_splits > 1
-    chosen = few if kernel == "few" else dataclasses.replace(many, cublas=kernel in ("cublas", "late"), **rows)
+    kernels: Any = few if kernel == "few" else many
+    shapes = tokens, 2, shape.experts, shape.inputs, len(layers)
+    chosen: Any = settings.few(tokens, *shapes[2:]) if kernel == "few" else settings.many(*shapes)
+    assert chosen.shrink_splits > 1
+    if kernel != "few":
+        rows = {"shrink_splits": 1, "shrink_rows": 64} if kernel == "late" else {"shrink_rows": 16}
+        chosen = dataclasses.replace(chosen, cublas=kernel in ("cublas", "late"), **rows)
     wide = [x_NI.new_full((tokens, o + 9), 0.25) for o in outputs]
     ys = [wide_NO[:, :o] for wide_NO, o in zip(wide, outputs, strict=True)]
-    downs, ups = [layer.a_ERI for layer in layers], [layer.b_ERO for layer in layers]
-    choices = together(ys, x_NI, downs, ups, questions, chosen)
+    rule = questions[0].rule
+    choices = kernels.add_(ys, x_NI, [question.layer for question in questions], rule, chosen)
     for g, (layer, question) in enumerate(zip(layers, questions, strict=True)):
         y_NO = torch.full_like(ys[g], 0.25)
-        alone = by_itself(y_NO, x_NI, layer.a_ERI, layer.b_ERO, question, chosen)
-        assert all(torch.equal(one, other) for one, other in zip(choices.of_layer(g), alone, strict=True))
+        alone = kernels.add_([y_NO], x_NI, [question.layer], rule, chosen).layer(0)
+        assert all(torch.equal(one, other) for one, other in zip(choices.layer(g), alone, strict=True))
         # another y is read in other pieces, and so another order of the sum over R
         torch.testing.assert_close(ys[g], y_NO, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
         assert (wide[g][:, outputs[g] :] == 0.25).all()
@@ -361,12 +376,11 @@ def test_the_base_layer_after_the_updates(dtype: torch.dtype) -> None:
     """y is written before it is read; the updates are rounded once more than beside the base layer."""
     layer = make_layer(MIDDLE, dtype)
     weight_OI = (torch.randn(MIDDLE.outputs, MIDDLE.inputs, device=DEVICE) / MIDDLE.inputs**0.5).to(dtype)
-    many = settings.many(MIDDLE.tokens, 2, MIDDLE.experts, MIDDLE.inputs)
-    factors = [layer.a_ERI], [layer.b_ERO]
-    (y_NO,), choice = linears_after(layer.x_NI, [weight_OI], *factors, [ask(layer, 2)], many)
+    chosen, question = settings.many(MIDDLE.tokens, 2, MIDDLE.experts, MIDDLE.inputs), ask(layer, 2)
+    (y_NO,), choice = many.linears(layer.x_NI, [weight_OI], [question.layer], question.rule, chosen)
     alone_NO = torch.nn.functional.linear(layer.x_NI, weight_OI)
-    expected = add_many(alone_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, ask(layer, 2), many)
-    assert all(torch.equal(one, other) for one, other in zip(choice.of_layer(0), expected, strict=True))
+    expected = many.add_([alone_NO], layer.x_NI, [question.layer], question.rule, chosen)
+    assert all(torch.equal(one, other) for one, other in zip(choice, expected, strict=True))
     scale = float(alone_NO.float().abs().max())
     assert float((y_NO.float() - alone_NO.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * scale
 
@@ -426,11 +440,11 @@ def test_settings_fit_every_shape() -> None:
     for tokens in (1, 2, 5, 31, 64, 65, 1000, 100_000):
         for experts in (1, 2, 33, 166, 1000, 4000):
             for inputs in (8, 576, 2048, 14336):
-                few, many = settings.few(tokens, experts, inputs), settings.many(tokens, 2, experts, inputs)
-                for scores in (few.scores, many.scores):
+                for_few, for_many = settings.few(tokens, experts, inputs), settings.many(tokens, 2, experts, inputs)
+                for scores in (for_few.scores, for_many.scores):
                     assert scores.splits == 1 or scores.splits * scores.block_i <= inputs
-                assert few.shrink_splits == settings.power_of_two(few.shrink_splits)
-                sizes = (many.place_block_n, many.place_warps, many.shrink_rows, many.expand_rows)
+                assert for_few.shrink_splits == settings.power_of_two(for_few.shrink_splits)
+                sizes = (for_many.place_block_n, for_many.place_warps, for_many.shrink_rows, for_many.expand_rows)
                 for size in sizes:
                     assert size == settings.power_of_two(size)
-                assert min(many.shrink_rows, many.expand_rows) >= 16
+                assert min(for_many.shrink_rows, for_many.expand_rows) >= 16

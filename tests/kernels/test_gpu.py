@@ -14,8 +14,9 @@ from phatgoose import kernels
 from phatgoose.config import RouterConfig
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels import DEFAULT_OPTIONS, KernelOptions
+from phatgoose.kernels.operators import pack
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.routing.fused import share_inputs
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
 
@@ -25,7 +26,11 @@ TOKENS = [1, 40, 300]  # few, few with matrix units, many
 
 
 def make_linear(
-    backend: kernels.Backend = "auto", dtype: torch.dtype = torch.bfloat16, *, bias: bool = True
+    backend: kernels.Backend = "auto",
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    bias: bool = True,
+    options: KernelOptions = DEFAULT_OPTIONS,
 ) -> RoutedLinear:
     torch.manual_seed(0)
     stack = SiteStack(
@@ -35,7 +40,7 @@ def make_linear(
         present_E=torch.arange(EXPERTS) % 7 != 3,
     )
     base = torch.nn.Linear(INPUTS, OUTPUTS, bias=bias).to("cuda", dtype).requires_grad_(False)
-    return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend).cuda()
+    return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend, options).cuda()
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> bool:
@@ -116,32 +121,29 @@ def test_captured_graph_follows_the_pool(router: str, tmp_path: Path) -> None:
 def test_beside_the_base_is_the_same(tokens: int) -> None:
     """Two streams in a graph, many times in a row, so that a race over memory would show."""
     linear = make_linear()
-    prototypes = (linear.halves_HPI, linear.sums_E, linear.router.absent_E.unsqueeze(0))
-    factors = (linear.a_ERI, linear.b_ERO, *prototypes, *linear.rule)
+    layer, base = linear.layer(tokens), linear.base
+    packed = pack([layer], linear.rule, KernelOptions())
     with torch.no_grad():
         xs = [torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16) for _ in range(50)]
-        base = linear.base
-        torch.ops.phatgoose.routed_linear(xs[0], base.weight, base.bias, *factors)
+        torch.ops.phatgoose.routed_linears(xs[0], [base.weight], [base.bias], *packed)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = [torch.ops.phatgoose.routed_linear(x, base.weight, base.bias, *factors)[0] for x in xs]
+            found = [torch.ops.phatgoose.routed_linears(x, [base.weight], [base.bias], *packed)[0][0] for x in xs]
         for y in found:
             y.fill_(torch.nan)
         graph.replay()
         for x, y in zip(xs, found, strict=True):
             expected = base(x)
-            torch.ops.phatgoose.route_and_add_(expected, x, *factors)
+            kernels.route_and_add_([expected], x, [layer], linear.rule)
             assert torch.equal(y, expected)
 
 
-def test_the_base_after_the_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_after_the_updates() -> None:
     """Many tokens; the updates are rounded once more."""
-    linear = make_linear(bias=False)
+    last, first = (make_linear(bias=False, options=KernelOptions(base_last=base_last)) for base_last in (True, False))
     x = torch.randn(300, INPUTS, device="cuda", dtype=torch.bfloat16)
     with torch.no_grad():
-        expected = linear(x)
-        monkeypatch.setattr("phatgoose.kernels.settings.BASE_AFTER", True)
-        assert close(linear(x), expected)
+        assert close(last(x), first(x))
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -157,14 +159,13 @@ def test_compiles_as_one_graph(tokens: int) -> None:
 @pytest.mark.parametrize("beside", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_layers_that_share_launches(
-    tokens: int, dtype: torch.dtype, beside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_layers_that_share_launches(tokens: int, dtype: torch.dtype, beside: bool, tmp_path: Path) -> None:
     """Gate and up in the launches of one, captured; the sums of few and many splits differ by rounding."""
     pool = make_pool(llama, tmp_path, num_experts=5)
-    monkeypatch.setattr("phatgoose.kernels.settings.BASE_BESIDE", beside)
-    shared, alone = (RoutedModel.from_pool(llama().to("cuda", dtype), pool) for _ in range(2))
-    share_inputs(shared.routed_linears().items())
+    shared, alone = (
+        RoutedModel.from_pool(llama().to("cuda", dtype), pool, kernel_options=options)
+        for options in (KernelOptions(overlap_base=beside), KernelOptions(overlap_base=beside, share_input=False))
+    )
     blocks = [model.model.model.layers[0].mlp for model in (shared, alone)]
     assert blocks[0].up_proj.shared is not None
     x = torch.randn(tokens, 32, device="cuda", dtype=dtype)

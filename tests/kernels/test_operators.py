@@ -13,6 +13,8 @@ from helpers.pools import make_pool
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
 from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels import DEFAULT_OPTIONS, KernelOptions, Layer, Routing, Rule, choose
+from phatgoose.kernels.operators import pack, unpack
 from phatgoose.kernels.prototypes import join, rows_of, split
 from phatgoose.routers import ROUTERS, router_class
 from phatgoose.routers.base import Router
@@ -21,9 +23,12 @@ from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
 
 TOKENS, EXPERTS, RANK, INPUTS, OUTPUTS = 9, 5, 8, 24, 20
+RULE = Rule(2, 1e-5, 1.0)
 
 
-def make_linear(backend: kernels.Backend, dtype: torch.dtype = torch.float32) -> RoutedLinear:
+def make_linear(
+    backend: kernels.Backend, dtype: torch.dtype = torch.float32, options: KernelOptions = DEFAULT_OPTIONS
+) -> RoutedLinear:
     torch.manual_seed(0)
     stack = SiteStack(
         a_ERI=torch.randn(EXPERTS, RANK, INPUTS).to(dtype),
@@ -32,7 +37,7 @@ def make_linear(backend: kernels.Backend, dtype: torch.dtype = torch.float32) ->
         present_E=torch.tensor([True, True, False, True, True]),
     )
     base = torch.nn.Linear(INPUTS, OUTPUTS).to(dtype).requires_grad_(False)
-    return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend)
+    return RoutedLinear(base, stack, Phatgoose(stack, RouterConfig(top_k=2)), backend, options)
 
 
 def arguments(gradients: bool = False) -> tuple[Any, ...]:
@@ -41,47 +46,55 @@ def arguments(gradients: bool = False) -> tuple[Any, ...]:
     return x_NI, linear.a_ERI.requires_grad_(gradients), linear.b_ERO.requires_grad_(gradients)
 
 
-def routing(gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def choice(gradients: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.rand(TOKENS, 2).requires_grad_(gradients), torch.randint(EXPERTS, (TOKENS, 2))
 
 
 def test_mix_loras_is_a_sound_operator() -> None:
-    kernels.load("triton")
-    torch.library.opcheck(torch.ops.phatgoose.mix_loras.default, (*arguments(True), *routing(True)))
+    torch.library.opcheck(torch.ops.phatgoose.mix_loras.default, (*arguments(True), *choice(True)))
 
 
 def test_operators_that_add_are_sound() -> None:
-    kernels.load("triton")
     y_NO = torch.randn(TOKENS, OUTPUTS)
-    torch.library.opcheck(torch.ops.phatgoose.add_loras_.default, (y_NO, *arguments(), *routing()))
+    torch.library.opcheck(torch.ops.phatgoose.add_loras_.default, (y_NO, *arguments(), *choice()))
+    x_NI, *factors = arguments()
     prototypes = split(torch.randn(EXPERTS, INPUTS), torch.float32)
     for bias_NE in (None, torch.randn(1, EXPERTS)):
-        torch.library.opcheck(
-            torch.ops.phatgoose.route_and_add_.default, (y_NO, *arguments(), *prototypes, bias_NE, 2, 1e-5, 1.0)
-        )
+        packed = pack([Layer(*factors, *prototypes, bias_NE)], RULE, KernelOptions())
+        torch.library.opcheck(torch.ops.phatgoose.route_and_add_.default, ([y_NO], x_NI, *packed))
 
 
 def test_routed_linear_is_both() -> None:
-    kernels.load("triton")
     x_NI, *factors = arguments()
     base = torch.nn.Linear(INPUTS, OUTPUTS).requires_grad_(False)
-    rest = (*factors, *split(torch.randn(EXPERTS, INPUTS), torch.float32), torch.randn(1, EXPERTS), 2, 1e-5, 1.0)
-    torch.library.opcheck(torch.ops.phatgoose.routed_linear.default, (x_NI, base.weight, base.bias, *rest))
+    layer = Layer(*factors, *split(torch.randn(EXPERTS, INPUTS), torch.float32), torch.randn(1, EXPERTS))
+    packed = pack([layer], RULE, KernelOptions())
+    torch.library.opcheck(torch.ops.phatgoose.routed_linears.default, (x_NI, [base.weight], [base.bias], *packed))
     y_NO = base(x_NI)
-    choice = torch.ops.phatgoose.route_and_add_(y_NO, x_NI, *rest)
-    found = torch.ops.phatgoose.routed_linear(x_NI, base.weight, base.bias, *rest)
-    for once, again in zip(found, (y_NO, *choice), strict=True):
+    routing = kernels.route_and_add_([y_NO], x_NI, [layer], RULE)
+    (found_NO,), found = kernels.routed_linears(x_NI, [(base.weight, base.bias)], [layer], RULE)
+    for once, again in zip((found_NO, *found), (y_NO, *routing), strict=True):
         assert torch.equal(once, again)
 
 
+def test_every_switch_reaches_the_kernels() -> None:
+    """Switches travel through the operators as numbers: what is packed is what is unpacked."""
+    layer = Layer(*arguments()[1:], *split(torch.randn(EXPERTS, INPUTS), torch.float32), None)
+    options = KernelOptions(overlap_base=False, base_last=False, pdl_max_tokens=3, sort_above_pairs=7)
+    for given in (options, KernelOptions()):
+        layers, rule, found = unpack(pack([layer, layer], RULE, given))
+        assert found == given and rule == RULE
+        assert all(one is other for got in layers for one, other in zip(got, layer, strict=True))
+
+
 def test_prototypes_that_were_joined_are_read_where_they_lie() -> None:
-    halves = [split(torch.randn(EXPERTS, INPUTS), torch.bfloat16).halves_HPI for _ in range(3)]
-    expected_VI = torch.cat([half_HPI.flatten(0, 1) for half_HPI in halves])
-    joined = join(halves)
-    assert all(torch.equal(found, half_HPI) for found, half_HPI in zip(joined, halves, strict=True))
-    for found, copied in ((joined, False), (halves, True), (joined[:1], False), (joined[1:], False)):
+    gates = [split(torch.randn(EXPERTS, INPUTS), torch.bfloat16).gates_HPI for _ in range(3)]
+    expected_VI = torch.cat([gates_HPI.flatten(0, 1) for gates_HPI in gates])
+    joined = join(gates)
+    assert all(torch.equal(found, gates_HPI) for found, gates_HPI in zip(joined, gates, strict=True))
+    for found, copied in ((joined, False), (gates, True), (joined[:1], False), (joined[1:], False)):
         rows_VI = rows_of(found)
-        assert torch.equal(rows_VI, torch.cat([half_HPI.flatten(0, 1) for half_HPI in found]))
+        assert torch.equal(rows_VI, torch.cat([gates_HPI.flatten(0, 1) for gates_HPI in found]))
         assert (rows_VI.data_ptr() != found[0].data_ptr()) == copied
     assert torch.equal(rows_of(joined), expected_VI)
     assert torch.equal(rows_of([joined[1], joined[0]]), expected_VI.view(3, -1, INPUTS)[[1, 0]].flatten(0, 1))
@@ -89,31 +102,31 @@ def test_prototypes_that_were_joined_are_read_where_they_lie() -> None:
 
 def test_prototypes_that_kernels_would_read_wrongly_are_refused() -> None:
     pytest.importorskip("triton")
-    from phatgoose.kernels.dispatch import check
-    from phatgoose.kernels.launches import Question
+    from phatgoose.kernels.cuda.run import checked
 
-    halves_HPI, sums_E = split(torch.randn(EXPERTS, INPUTS), torch.bfloat16)
+    gates_HPI, gate_sums_E = split(torch.randn(EXPERTS, INPUTS), torch.bfloat16)
     x_NI, a_ERI = (torch.randn(shape).bfloat16() for shape in ((3, INPUTS), (EXPERTS, 4, INPUTS)))
-    check(x_NI, a_ERI, a_ERI, Question(halves_HPI, sums_E, None, 2, 1e-5, 1.0))
+    layer = Layer(a_ERI, a_ERI, gates_HPI, gate_sums_E, None)
+    assert checked(x_NI, [layer], []) == [layer]
     with pytest.raises(ValueError, match="gaps"):
-        check(x_NI, a_ERI, a_ERI, Question(halves_HPI[:, :EXPERTS], sums_E, None, 2, 1e-5, 1.0))
+        checked(x_NI, [layer._replace(gates_HPI=gates_HPI[:, :EXPERTS])], [])
     with pytest.raises(TypeError, match="float32"):
-        check(x_NI, a_ERI, a_ERI, Question(halves_HPI.float(), sums_E, None, 2, 1e-5, 1.0))
+        checked(x_NI, [layer._replace(gates_HPI=gates_HPI.float())], [])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_prototypes_add_up(dtype: torch.dtype) -> None:
     prototypes_EI = torch.randn(EXPERTS, INPUTS) / INPUTS**0.5
-    halves_HPI, sums_E = split(prototypes_EI, dtype)
-    found_EI = halves_HPI[:, :EXPERTS].double().sum(0)
+    gates_HPI, gate_sums_E = split(prototypes_EI, dtype)
+    found_EI = gates_HPI[:, :EXPERTS].double().sum(0)
     bits = {torch.float32: 24, torch.bfloat16: 16, torch.float16: 20}[dtype]
     assert ((found_EI - prototypes_EI).abs() <= prototypes_EI.abs().max() * 2.0**-bits).all()
-    assert len(halves_HPI) == (1 if dtype == torch.float32 else 2) and halves_HPI.dtype == dtype
-    assert halves_HPI.shape[1] == 16  # 16 bytes at a time
-    assert halves_HPI[0, EXPERTS].eq(1).all() and halves_HPI[:, EXPERTS + 1 :].eq(0).all()
-    assert halves_HPI[1:, EXPERTS].eq(0).all()
-    assert split(torch.randn(16, INPUTS), dtype).halves_HPI.shape[1] == 32
-    torch.testing.assert_close(sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
+    assert len(gates_HPI) == (1 if dtype == torch.float32 else 2) and gates_HPI.dtype == dtype
+    assert gates_HPI.shape[1] == 16  # 16 bytes at a time
+    assert gates_HPI[0, EXPERTS].eq(1).all() and gates_HPI[:, EXPERTS + 1 :].eq(0).all()
+    assert gates_HPI[1:, EXPERTS].eq(0).all()
+    assert split(torch.randn(16, INPUTS), dtype).gates_HPI.shape[1] == 32
+    torch.testing.assert_close(gate_sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
 
 
 def test_fused_layer_is_the_layer() -> None:
@@ -144,7 +157,7 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
     gpu, dtypes = torch.device("cuda"), (torch.float32, torch.bfloat16, torch.float16)
     monkeypatch.setattr("torch.version.cuda", "13.0")
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(kernels, "find_spec", lambda name: name == "triton")
+    monkeypatch.setattr(choose, "find_spec", lambda name: name == "triton")
     assert all(kernels.runs_triton(gpu, dtype) for dtype in dtypes)
     assert not kernels.runs_triton(gpu, torch.float64)
     assert not kernels.runs_triton(torch.device("cpu"), torch.bfloat16)
@@ -157,11 +170,9 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_base_layer_inside_the_operator(inside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_layer_inside_the_operator(inside: bool) -> None:
     plain = make_linear("reference")
-    for switch in ("BASE_BESIDE", "BASE_AFTER"):
-        monkeypatch.setattr(f"phatgoose.kernels.settings.{switch}", inside)
-    beside = make_linear("triton")
+    beside = make_linear("triton", options=KernelOptions(overlap_base=inside, base_last=inside))
     assert beside.beside == inside
     x = torch.randn(2, 3, INPUTS)
     compiled = torch.compile(beside, fullgraph=True, backend="aot_eager")
@@ -180,7 +191,7 @@ def test_gradients_take_the_other_way() -> None:
     assert error <= 32 * torch.finfo(torch.float32).eps
     y_NO = torch.zeros(6, OUTPUTS)
     with pytest.raises(RuntimeError, match="no gradient"):
-        kernels.add_loras(y_NO, x.view(-1, INPUTS), fused.a_ERI, fused.b_ERO, *(t[:6] for t in routing()))
+        kernels.add_loras_(y_NO, x.view(-1, INPUTS), fused.a_ERI, fused.b_ERO, Routing(*(t[:6] for t in choice())))
     assert (y_NO == 0).all()
 
 

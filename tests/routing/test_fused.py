@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from helpers.data import token_ids
 from helpers.models import llama, t5
 from helpers.pools import make_pool
 from phatgoose import kernels
-from phatgoose.kernels import settings
+from phatgoose.kernels import KernelOptions, Layer, Rule
+from phatgoose.kernels.operators import pack
 from phatgoose.kernels.prototypes import split
 from phatgoose.routing.fused import SharedInput, share_inputs
 from phatgoose.routing.linear import RoutedLinear
@@ -26,8 +26,8 @@ TOKENS, EXPERTS, RANK, INPUTS = 5, 7, 8, 24
 def models(factory: Any, folder: Path, **options: Any) -> tuple[RoutedModel, RoutedModel]:
     """One whose layers share their inputs, and one whose do not."""
     pool = make_pool(factory, folder)
-    with mock.patch.object(settings, "SHARE_INPUT", False):
-        shared, alone = (RoutedModel.from_pool(factory(), pool, backend="triton", **options) for _ in range(2))
+    options = {"kernel_options": KernelOptions(share_input=False), **options}
+    shared, alone = (RoutedModel.from_pool(factory(), pool, backend="triton", **options) for _ in range(2))
     share_inputs(shared.routed_linears().items())
     return shared, alone
 
@@ -58,46 +58,38 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+def random_layer(width: int, dtype: torch.dtype) -> Layer:
+    factors = torch.randn(EXPERTS, RANK, INPUTS).to(dtype), torch.randn(EXPERTS, RANK, width).to(dtype)
+    return Layer(*factors, *split(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, dtype), torch.randn(1, EXPERTS))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_operator_is_sound(dtype: torch.dtype) -> None:
-    kernels.load("triton")
-    widths = (20, 12, 32)
+    widths, rule = (20, 12, 32), Rule(2, 1e-5, 1.0)
     x_NI = torch.randn(TOKENS, INPUTS).to(dtype)
     ys = [torch.randn(TOKENS, width).to(dtype) for width in widths]
-    downs = [torch.randn(EXPERTS, RANK, INPUTS).to(dtype) for _ in widths]
-    ups = [torch.randn(EXPERTS, RANK, width).to(dtype) for width in widths]
-    prototypes = [split(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, dtype) for _ in widths]
-    biases = [torch.randn(1, EXPERTS) for _ in widths]
-    rest = ([p.halves_HPI for p in prototypes], [p.sums_E for p in prototypes], biases, 2, 1e-5, 1.0)
+    layers = [random_layer(width, dtype) for width in widths]
     alone = [y.clone() for y in ys]
-    torch.library.opcheck(torch.ops.phatgoose.route_and_add_shared_.default, (ys, x_NI, downs, ups, *rest))
-    weights_GNK, ids_GNK = torch.ops.phatgoose.route_and_add_shared_(ys, x_NI, downs, ups, *rest)
+    packed = pack(layers, rule, KernelOptions())
+    torch.library.opcheck(torch.ops.phatgoose.route_and_add_.default, (ys, x_NI, *packed))
+    routing = kernels.route_and_add_(ys, x_NI, layers, rule)
     for g, y in enumerate(alone):
-        factors = (downs[g], ups[g], *prototypes[g], biases[g], 2, 1e-5, 1.0)
-        choice = torch.ops.phatgoose.route_and_add_(y, x_NI, *factors)
-        for found, expected in zip((ys[g], weights_GNK[g], ids_GNK[g]), (y, *choice), strict=True):
+        choice = kernels.route_and_add_([y], x_NI, [layers[g]], rule).layer(0)
+        for found, expected in zip((ys[g], *routing.layer(g)), (y, *choice), strict=True):
             assert torch.equal(found, expected)
 
 
 def test_the_operator_with_the_base_layers_is_both() -> None:
-    kernels.load("triton")
     bases = [torch.nn.Linear(INPUTS, width, bias=width > 12).requires_grad_(False) for width in (20, 12)]
-    x_NI = torch.randn(TOKENS, INPUTS)
-    prototypes = [split(torch.randn(EXPERTS, INPUTS) / INPUTS**0.5, torch.float32) for _ in bases]
-    rest = (
-        [torch.randn(EXPERTS, RANK, INPUTS) for _ in bases],
-        [torch.randn(EXPERTS, RANK, base.out_features) for base in bases],
-        [p.halves_HPI for p in prototypes],
-        [p.sums_E for p in prototypes],
-        [torch.randn(1, EXPERTS) for _ in bases],
-        *(2, 1e-5, 1.0),
-    )
-    layers = [base.weight for base in bases], [base.bias for base in bases]
-    torch.library.opcheck(torch.ops.phatgoose.routed_linears.default, (x_NI, *layers, *rest))
-    found, *choice = torch.ops.phatgoose.routed_linears(x_NI, *layers, *rest)
+    x_NI, rule = torch.randn(TOKENS, INPUTS), Rule(2, 1e-5, 1.0)
+    layers = [random_layer(base.out_features, torch.float32) for base in bases]
+    weights, biases = [base.weight for base in bases], [base.bias for base in bases]
+    packed = pack(layers, rule, KernelOptions())
+    torch.library.opcheck(torch.ops.phatgoose.routed_linears.default, (x_NI, weights, biases, *packed))
+    found, routing = kernels.routed_linears(x_NI, list(zip(weights, biases, strict=True)), layers, rule)
     expected = [base(x_NI) for base in bases]
-    expected_choice = torch.ops.phatgoose.route_and_add_shared_(expected, x_NI, *rest)
-    for once, again in zip((*found, *choice), (*expected, *expected_choice), strict=True):
+    expected_routing = kernels.route_and_add_(expected, x_NI, layers, rule)
+    for once, again in zip((*found, *routing), (*expected, *expected_routing), strict=True):
         assert torch.equal(once, again)
 
 
@@ -105,9 +97,8 @@ def test_the_operator_with_the_base_layers_is_both() -> None:
 def test_models_agree_however_the_base_layers_run(
     beside: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for switch in ("BASE_BESIDE", "BASE_AFTER"):
-        monkeypatch.setattr(settings, switch, beside)
-    shared, alone = models(llama, tmp_path)
+    options = KernelOptions(overlap_base=beside, base_last=beside, share_input=False)
+    shared, alone = models(llama, tmp_path, kernel_options=options)
     assert all(linear.beside == beside for linear in shared.routed_linears().values())
     counted = calls(monkeypatch)
     ids = token_ids(2, 7)
@@ -128,11 +119,11 @@ def test_which_layers_share(tmp_path: Path) -> None:
     assert groups(models(llama, tmp_path / "arrow", router="arrow")[0]) == {}
 
 
-def test_on_unless_switched_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_on_unless_switched_off(tmp_path: Path) -> None:
     pool = make_pool(llama, tmp_path)
     assert len(groups(RoutedModel.from_pool(llama(), pool, backend="triton"))) == 4
-    monkeypatch.setattr(settings, "SHARE_INPUT", False)
-    assert groups(RoutedModel.from_pool(llama(), pool, backend="triton")) == {}
+    off = KernelOptions(share_input=False)
+    assert groups(RoutedModel.from_pool(llama(), pool, backend="triton", kernel_options=off)) == {}
 
 
 @pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior"])

@@ -3,7 +3,7 @@
 They have fake implementations, wait for nothing on the host and allocate by shapes alone, so they go through
 torch.compile(fullgraph=True) and CUDA graphs. A trailing underscore: the first argument is added to. Only `mix_loras`
 has a gradient. What each computes is said once, in `phatgoose.kernels`; here lists of tensors stand for its layers
-(`pack`, `_unpack`), because schemas know no tuples.
+(`pack`, `unpack`), because schemas know no tuples.
 
 Axes: N tokens, E experts, K chosen experts, I in-features, O out-features, R rank, G layers of one x, S = E * R.
 """
@@ -34,7 +34,7 @@ def pack(layers: Sequence[Layer], rule: Rule, options: KernelOptions) -> tuple[A
     return *(list(tensors) for tensors in zip(*layers, strict=True)), *rule, *switches
 
 
-def _unpack(packed: Sequence[Any]) -> tuple[list[Layer], Rule, KernelOptions]:
+def unpack(packed: Sequence[Any]) -> tuple[list[Layer], Rule, KernelOptions]:
     """The arguments of `pack`."""
     layers = [Layer(*tensors) for tensors in zip(*packed[:5], strict=True)]
     overlap_base, base_last, pdl_max_tokens, sort_above_pairs = packed[8:]
@@ -100,7 +100,7 @@ def _(*_: torch.Tensor) -> None:
 )
 def route_and_add_(ys: list[torch.Tensor], x_NI: torch.Tensor, *packed: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """See `phatgoose.kernels.route_and_add_`."""
-    layers, rule, _ = _unpack(packed)
+    layers, rule, _ = unpack(packed)
     return tuple(choose.route_and_add_(ys, x_NI, layers, rule))
 
 
@@ -108,7 +108,7 @@ def route_and_add_(ys: list[torch.Tensor], x_NI: torch.Tensor, *packed: Any) -> 
 def _(ys: list[torch.Tensor], x_NI: torch.Tensor, *packed: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from phatgoose.kernels.cuda import run
 
-    return tuple(run.route_and_add_(ys, x_NI, *_unpack(packed)))
+    return tuple(run.route_and_add_(ys, x_NI, *unpack(packed)))
 
 
 @route_and_add_.register_fake
@@ -129,7 +129,7 @@ def routed_linears(
     x_NI: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], *packed: Any
 ) -> _Outputs:
     """See `phatgoose.kernels.routed_linears`."""
-    layers, rule, _ = _unpack(packed)
+    layers, rule, _ = unpack(packed)
     ys = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in zip(weights, biases, strict=True)]
     return ys, *choose.route_and_add_(ys, x_NI, layers, rule)
 
@@ -138,7 +138,7 @@ def routed_linears(
 def _(x_NI: torch.Tensor, weights: list[torch.Tensor], biases: list[torch.Tensor | None], *packed: Any) -> _Outputs:
     from phatgoose.kernels.cuda import run
 
-    ys, routing = run.routed_linears(x_NI, list(zip(weights, biases, strict=True)), *_unpack(packed))
+    ys, routing = run.routed_linears(x_NI, list(zip(weights, biases, strict=True)), *unpack(packed))
     return ys, *routing
 
 

@@ -85,7 +85,7 @@ def route_and_add_(
     """See `phatgoose.kernels.route_and_add_`."""
     if rule.top_k > MAX_TOP_K:
         return choose.route_and_add_(ys, x_NI, layers, rule)
-    layers = _checked(x_NI, layers, ys)
+    layers = checked(x_NI, layers, ys)
     for y_NO in ys:
         _check_rows(y_NO)
     if x_NI.shape[0] == 0:
@@ -105,7 +105,7 @@ def routed_linears(
     if not _includes_bases(x_NI, bases, rule.top_k, options):
         ys = [F.linear(x_NI, weight_OI, bias_O) for weight_OI, bias_O in bases]
         return ys, route_and_add_(ys, x_NI, layers, rule, options)
-    layers = _checked(x_NI, layers, [weight_OI for weight_OI, _ in bases])
+    layers = checked(x_NI, layers, [weight_OI for weight_OI, _ in bases])
     x_NI = x_NI.contiguous()
     with torch.cuda.device(x_NI.device):
         chosen = _settings(x_NI, len(layers[0].a_ERI), len(layers), rule.top_k, options)
@@ -143,7 +143,7 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _checked(x_NI: torch.Tensor, layers: Sequence[Layer], outputs: Sequence[torch.Tensor]) -> Sequence[Layer]:
+def checked(x_NI: torch.Tensor, layers: Sequence[Layer], outputs: Sequence[torch.Tensor]) -> Sequence[Layer]:
     """Validate what the kernels assume of layers; contiguous ones.
 
     Args:

@@ -61,7 +61,7 @@ def partial_scores(
     own, the last of axis 1: beside the products they would cost each step a reduction. And from 64 tokens on Hopper's
     matrix units still read x from shared memory when the next step begins; Triton (3.6) keeps one buffer too few of x
     if sums read it too, so that the step after next overwrites what the product with lo still reads
-    (tests/test_triton_compile.py counts the buffers).
+    (tests/kernels/test_cuda_compile.py counts the buffers).
 
     A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
     beyond the last expert mean nothing.
