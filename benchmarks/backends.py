@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from measuring import device_name, milliseconds, write_rows
 
-from phatgoose.kernels import choose, load, runs_numba
+from phatgoose.kernels import Backend, Routing, backend_for, mix_loras, runs_numba
 
-BACKENDS = ("vectors", "gather", "grouped", "dense", "numba")
+BACKENDS: tuple[Backend, ...] = ("vectors", "gather", "grouped", "dense", "numba")
 
 
 def main() -> None:
@@ -46,11 +46,11 @@ def measure(features: int, experts: int, tokens: int, args: argparse.Namespace) 
     a_ERI = torch.randn(experts, args.rank, features)
     b_ERO = torch.randn(experts, args.rank, features)
     ids_NK = torch.rand(tokens, experts).topk(args.top_k).indices
-    weights_NK = torch.full((tokens, args.top_k), 1 / args.top_k)
-    calls = {name: partial(load(name), x_NI, a_ERI, b_ERO, weights_NK, ids_NK) for name in BACKENDS}
+    routing = Routing(torch.full((tokens, args.top_k), 1 / args.top_k), ids_NK)
+    calls = {name: partial(mix_loras, x_NI, a_ERI, b_ERO, routing, backend=name) for name in BACKENDS}
     times = milliseconds(calls, args.rounds)
     best = min(times, key=lambda name: times[name])
-    auto = choose(tokens, args.top_k, experts, args.rank, on_cpu=True, numba=runs_numba(torch.float32))
+    auto = backend_for(tokens, args.top_k, experts, args.rank, on_cpu=True, numba=runs_numba(torch.float32))
     print(
         f"d {features} N {experts} T {tokens}: "
         + "  ".join(f"{name} {ms:.3f}" for name, ms in times.items())

@@ -29,7 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from phatgoose.kernels import launches, settings, sorted_launches
+from phatgoose.kernels import KernelOptions, Layer, Rule
+from phatgoose.kernels.cuda import few, many, settings
 from phatgoose.kernels.prototypes import rows_for
 
 RANK, TOP_K = 16, 2
@@ -128,7 +129,7 @@ def layer_launches(
 
     Settings are the shape's own unless `chosen`. `after`: the base layer comes last (many tokens).
     """
-    if chosen is None and settings.takes_few(tokens, TOP_K):
+    if chosen is None and not KernelOptions().sorts(tokens, TOP_K):
         chosen = settings.few(tokens, experts, inputs, layers)
     elif chosen is None:
         chosen = settings.many(tokens, TOP_K, experts, inputs, layers)
@@ -137,23 +138,17 @@ def layer_launches(
         new: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
         x_NI, y_NO = torch.empty(tokens, inputs, **new), torch.empty(tokens, outputs, **new)
         a_ERI, b_ERO = torch.empty(experts, RANK, inputs, **new), torch.empty(experts, RANK, outputs, **new)
-        halves_HPI = torch.empty(2, rows_for(experts), inputs, **new)
+        gates_HPI = torch.empty(2, rows_for(experts), inputs, **new)
         bias_NE = torch.empty(1, experts, device="cuda") if bias else None
-        sums_E = torch.empty(experts, device="cuda")
-        question = launches.Question(halves_HPI, sums_E, bias_NE, TOP_K, 1e-5, 1.0)
-        if layers > 1:
-            ys, factors = [y_NO] * layers, ([a_ERI] * layers, [b_ERO] * layers)
-            if isinstance(chosen, settings.Few):
-                launches.add_few_shared(ys, x_NI, *factors, [question] * layers, chosen)
-            else:
-                sorted_launches.add_many_shared(ys, x_NI, *factors, [question] * layers, chosen)
-        elif isinstance(chosen, settings.Few):
-            launches.add_few(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
+        gate_sums_E = torch.empty(experts, device="cuda")
+        layer, rule = Layer(a_ERI, b_ERO, gates_HPI, gate_sums_E, bias_NE), Rule(TOP_K, 1e-5, 1.0)
+        if isinstance(chosen, settings.Few):
+            few.add_([y_NO] * layers, x_NI, [layer] * layers, rule, chosen)
         elif after:
             weight_OI = torch.empty(outputs, inputs, **new)
-            sorted_launches.linears_after(x_NI, [weight_OI], [a_ERI], [b_ERO], [question], chosen)
+            many.linears(x_NI, [weight_OI] * layers, [layer] * layers, rule, chosen)
         else:
-            sorted_launches.add_many(y_NO, x_NI, a_ERI, b_ERO, question, chosen)
+            many.add_([y_NO] * layers, x_NI, [layer] * layers, rule, chosen)
     return found
 
 

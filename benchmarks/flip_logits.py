@@ -38,8 +38,8 @@ def rounded(prototypes_EI: torch.Tensor, variant: str) -> torch.Tensor:
     """Gates as the kernels would read them: one number of bf16, or the sum of two."""
     if variant == "fp32":
         return prototypes_EI
-    halves_PI = split(prototypes_EI, torch.bfloat16).halves_HPI[:, : len(prototypes_EI)].float()
-    return halves_PI[0] if variant == "bf16" else halves_PI.sum(0)
+    gates_PI = split(prototypes_EI, torch.bfloat16).gates_HPI[:, : len(prototypes_EI)].float()
+    return gates_PI[0] if variant == "bf16" else gates_PI.sum(0)
 
 
 @torch.no_grad()

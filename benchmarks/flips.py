@@ -16,7 +16,8 @@ import torch
 from measuring import write_rows
 from torch.nn import functional as F
 
-from phatgoose.kernels import grouped
+from phatgoose.kernels import Routing
+from phatgoose.kernels.eager import grouped
 from phatgoose.kernels.prototypes import split
 from phatgoose.routers.phatgoose import standardise
 
@@ -28,15 +29,15 @@ def variants(x_NI: torch.Tensor, prototypes_EI: torch.Tensor) -> dict[str, torch
     wide_NI = x_NI.float()
     mean_N1 = wide_NI.mean(1, keepdim=True)
     rstd_N1 = torch.rsqrt(wide_NI.var(1, correction=0, keepdim=True) + EPS)
-    halves_HPI, sums_E = split(prototypes_EI, torch.bfloat16)
-    hi_EI, lo_EI = halves_HPI[:, : len(prototypes_EI)]
+    gates_HPI, gate_sums_E = split(prototypes_EI, torch.bfloat16)
+    hi_EI, lo_EI = gates_HPI[:, : len(prototypes_EI)]
     hi_NE, lo_NE = wide_NI @ hi_EI.float().T, wide_NI @ lo_EI.float().T
     only_hi_E = hi_EI.double().sum(1).float()
     return {
         "fp32": F.layer_norm(wide_NI, (INPUTS,), eps=EPS) @ prototypes_EI.T,
         "bf16": hi_NE * rstd_N1,
         "bf16, its mean taken out": (hi_NE - mean_N1 * only_hi_E) * rstd_N1,
-        "hi + lo (ours)": (hi_NE + lo_NE - mean_N1 * sums_E) * rstd_N1,
+        "hi + lo (ours)": (hi_NE + lo_NE - mean_N1 * gate_sums_E) * rstd_N1,
     }
 
 
@@ -85,8 +86,8 @@ def compare(
     share = float("nan")
     if flipped_N.any():
         x = x_NI[flipped_N].float()
-        y = grouped.mix_loras(x, a_ERI, b_ERO, found_NK[flipped_N].float().softmax(1), ids_NK[flipped_N])
-        true = grouped.mix_loras(x, a_ERI, b_ERO, top_NK[flipped_N].float().softmax(1), true_NK[flipped_N])
+        y = grouped(x, a_ERI, b_ERO, Routing(found_NK[flipped_N].float().softmax(1), ids_NK[flipped_N]))
+        true = grouped(x, a_ERI, b_ERO, Routing(top_NK[flipped_N].float().softmax(1), true_NK[flipped_N]))
         share = float(((y - true).norm(dim=1) / true.norm(dim=1)).median())
     return float(flipped_N.double().mean()), share, float(weights)
 

@@ -91,7 +91,7 @@ def update(stack: SiteStack, router: Router) -> Layer:
 
     def forward(x: torch.Tensor) -> torch.Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        return mix_loras(x_NI, stack.a_ERI, stack.b_ERO, *router(x_NI)).view(x.shape)
+        return mix_loras(x_NI, stack.a_ERI, stack.b_ERO, router(x_NI)).view(x.shape)
 
     return forward
 

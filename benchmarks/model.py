@@ -19,7 +19,7 @@ the call that is timed), `flops_bound` if it went by the products with weights; 
 counts, bytes for decode. For more sequences the bound is lower: they choose more experts. Rows replace those of the
 same device and case.
 
-`--switches` measures one model after the other with switches of `kernels/settings.py` set: `none`, `beside`, or more of
+`--switches` measures one model after the other with switches of `KernelOptions` on: `none`, `beside`, or more of
 them joined by +. Column `backend` names those that were on.
 
 Memory, llama3-8b, 166 experts of rank 16, bf16: 16.1 GB base, 13.9 GB factors, 0.8 GB gates as the kernels keep them
@@ -31,13 +31,11 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from itertools import product
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from bounds import Work, base_work, experts_work
@@ -50,7 +48,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from phatgoose.config import RouterConfig
 from phatgoose.experts.stack import SiteStack
-from phatgoose.kernels import BACKENDS, settings
+from phatgoose.kernels import BACKENDS, DEFAULT_OPTIONS, KernelOptions
 from phatgoose.models.base import DTYPES
 from phatgoose.models.wrapped import WrappedLinear
 from phatgoose.routers.phatgoose import Phatgoose
@@ -82,12 +80,12 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         "num_heads": 4, "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
     }),
 }  # fmt: skip
-# of `kernels.settings`: name there, off, on
+# fields of `KernelOptions`: name there, off, on
 SWITCHES: dict[str, tuple[str, Any, Any]] = {
-    "beside": ("BASE_BESIDE", False, True),
-    "shared": ("SHARE_INPUT", False, True),
-    "after": ("BASE_AFTER", False, True),
-    "pdl": ("MOST_TOKENS_PDL", 0, settings.MOST_TOKENS_PDL),
+    "beside": ("overlap_base", False, True),
+    "shared": ("share_input", False, True),
+    "after": ("base_last", False, True),
+    "pdl": ("pdl_max_tokens", 0, DEFAULT_OPTIONS.pdl_max_tokens),
 }
 NAMES = {"beside": "base beside", "shared": "shared input", "after": "base after", "pdl": "pdl"}
 # what a row is measured on; others stay when it is written
@@ -109,7 +107,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=480, help="begin no case after this")
     parser.add_argument("--backend", choices=BACKENDS, default="auto")
-    parser.add_argument("--switches", nargs="+", default=[switches_on()], help="the package's own if not given")
+    parser.add_argument(
+        "--switches", nargs="+", default=[switches_of(DEFAULT_OPTIONS)], help="the package's own if not given"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--out", type=Path)
@@ -125,38 +125,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     compile_first(models["base"], args)
     say(f"{args.shape}: base model made")
     for experts, switches in product(args.experts, args.switches):
-        with switched(switches):
-            models["routed"] = routed_randomly(models["base"], experts, args)
-            say(f"{experts} experts added, {switches}; {memory(args)}")
-            for what, batch in cases(args, models["base"]):
-                if time.perf_counter() - begin > args.seconds:
-                    say("out of time; the rest is left out")
-                    return
-                try:
-                    found = measure(models, experts, what, batch, args)
-                except RuntimeError as error:  # no memory, or something that no graph can hold
-                    say(f"no row of {what}, {batch} sequences: {type(error).__name__} {str(error)[:300]}")
-                    continue
-                say("  ".join(f"{name} {value}" for name, value in list(found.items())[2:]) + f"; {memory(args)}")
-                if args.out:
-                    replace_rows(args.out, [found], *KEYS)
-            del models["routed"]
+        options = options_of(switches)
+        models["routed"] = routed_randomly(models["base"], experts, options, args)
+        say(f"{experts} experts added, {switches}; {memory(args)}")
+        for what, batch in cases(args, models["base"]):
+            if time.perf_counter() - begin > args.seconds:
+                say("out of time; the rest is left out")
+                return
+            try:
+                found = measure(models, experts, what, batch, options, args)
+            except RuntimeError as error:  # no memory, or something that no graph can hold
+                say(f"no row of {what}, {batch} sequences: {type(error).__name__} {str(error)[:300]}")
+                continue
+            say("  ".join(f"{name} {value}" for name, value in list(found.items())[2:]) + f"; {memory(args)}")
+            if args.out:
+                replace_rows(args.out, [found], *KEYS)
+        del models["routed"]
 
 
-def switches_on() -> str:
-    """Those of the settings, joined by +; "none" if there are none."""
-    return "+".join(name for name, (setting, off, _) in SWITCHES.items() if getattr(settings, setting) != off) or "none"
+def switches_of(options: KernelOptions) -> str:
+    """The names of those that are on, joined by +; "none" if there are none."""
+    return "+".join(name for name, (field, off, _) in SWITCHES.items() if getattr(options, field) != off) or "none"
 
 
-@contextmanager
-def switched(names: str) -> Iterator[None]:
-    """The settings with these switches on, and the others off."""
-    chosen = set(names.split("+")) - {"none"}
+def options_of(switches: str) -> KernelOptions:
+    """These switches on, and the others off."""
+    chosen = set(switches.split("+")) - {"none"}
     if not chosen <= SWITCHES.keys():
-        raise SystemExit(f"unknown switches {names}; known: none, {', '.join(SWITCHES)}")
-    values = {setting: on if name in chosen else off for name, (setting, off, on) in SWITCHES.items()}
-    with mock.patch.multiple(settings, **values):
-        yield
+        raise SystemExit(f"unknown switches {switches}; known: none, {', '.join(SWITCHES)}")
+    return KernelOptions(**{field: on if name in chosen else off for name, (field, off, on) in SWITCHES.items()})
 
 
 def cases(args: argparse.Namespace, model: Any) -> list[tuple[str, int]]:
@@ -166,7 +163,9 @@ def cases(args: argparse.Namespace, model: Any) -> list[tuple[str, int]]:
     return [(what, batch) for what in WHAT if what in args.what for batch in batches[what]]
 
 
-def measure(models: dict[str, Any], experts: int, what: str, batch: int, args: argparse.Namespace) -> dict[str, object]:
+def measure(
+    models: dict[str, Any], experts: int, what: str, batch: int, options: KernelOptions, args: argparse.Namespace
+) -> dict[str, object]:
     """One row."""
     makers = {"decode": decode, "prefill": prefill, "generate": generate}
     calls = {name: makers[what](model, batch, args) for name, model in models.items()}
@@ -182,7 +181,7 @@ def measure(models: dict[str, Any], experts: int, what: str, batch: int, args: a
             for name in ("_compiled_call", "_last_compile_config"):
                 vars(model).pop(name, None)
     cache = getattr(counted["base"], "cache_bytes", 0)
-    return row(args, experts, what, batch, times, *work, cache)
+    return row(args, options, experts, what, batch, times, *work, cache)
 
 
 def memory(args: argparse.Namespace) -> str:
@@ -229,7 +228,7 @@ def make_model(args: argparse.Namespace) -> Any:
         torch.set_default_dtype(before)
 
 
-def routed_randomly(model: Any, experts: int, args: argparse.Namespace) -> Any:
+def routed_randomly(model: Any, experts: int, options: KernelOptions, args: argparse.Namespace) -> Any:
     """The same model, its weights shared, with a routed layer around every linear layer but the output head."""
     routed = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     head = routed.get_output_embeddings()
@@ -245,8 +244,8 @@ def routed_randomly(model: Any, experts: int, args: argparse.Namespace) -> Any:
                     present_E=torch.ones(experts, dtype=torch.bool),
                 )
                 router = Phatgoose(stack, RouterConfig(top_k=args.top_k)).to(args.device)
-            routed.set_submodule(site, RoutedLinear(linear, stack, router, args.backend))
-    if settings.SHARE_INPUT:
+            routed.set_submodule(site, RoutedLinear(linear, stack, router, args.backend, options))
+    if options.share_input:
         share_inputs((site, linear) for site, linear in routed.named_modules() if isinstance(linear, RoutedLinear))
     return routed
 
@@ -358,6 +357,7 @@ def waiting(call: Call, device: str) -> Call:
 
 def row(
     args: argparse.Namespace,
+    options: KernelOptions,
     experts: int,
     what: str,
     batch: int,
@@ -375,7 +375,7 @@ def row(
     bound = flops_bound if what == "prefill" else bytes_bound
     # other kernels than Triton's have no switches
     triton = args.backend == "triton" or (args.backend == "auto" and args.device.startswith("cuda"))
-    named = [NAMES[name] for name in switches_on().split("+") if triton and name in NAMES]
+    named = [NAMES[name] for name in switches_of(options).split("+") if triton and name in NAMES]
     return {
         "device": device_name(args.device),
         "torch": torch.__version__,

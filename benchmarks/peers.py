@@ -41,8 +41,7 @@ from torch import nn
 
 from phatgoose.config import RouterConfig
 from phatgoose.experts.stack import SiteStack
-from phatgoose.kernels import BACKENDS, Backend, load
-from phatgoose.kernels.types import Routing
+from phatgoose.kernels import BACKENDS, Backend, Routing, mix_loras
 from phatgoose.routers.arrow import ArrowPeft
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routing.linear import RoutedLinear
@@ -200,9 +199,9 @@ def check(site: Site, method: Method, layer: Layer, x_NI: torch.Tensor) -> float
     expected_NO = x_NI.double() @ site.base.weight.double().T
     if method.routing is not None:
         weights_NK, ids_NK = method.routing(site, x_NI)
-        mix = load("reference" if len(x_NI) <= 64 else "dense")
         factors = site.stack.a_ERI.double(), site.stack.b_ERO.double()
-        expected_NO += mix(x_NI.double(), *factors, weights_NK.double(), ids_NK)
+        routing, backend = Routing(weights_NK.double(), ids_NK), "reference" if len(x_NI) <= 64 else "dense"
+        expected_NO += mix_loras(x_NI.double(), *factors, routing, backend=backend)
     error = float((layer(x_NI).double() - expected_NO).norm(dim=1).max() / expected_NO.norm(dim=1).max())
     if not error < TOLERANCE[x_NI.dtype]:
         raise Wrong(f"error {error:.2e} of the output")

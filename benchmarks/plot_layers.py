@@ -21,7 +21,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from phatgoose.analysis.style import COLOURS, DASHES, MARKERS, STYLE, WIDTH
-from phatgoose.kernels import settings
+from phatgoose.kernels import KernelOptions
+from phatgoose.kernels.cuda import settings
 
 TOP_K = 2
 STATIC, YARDSTICK = "one static LoRA", "#777777"
@@ -149,12 +150,13 @@ def points(rows: Iterable[Mapping[str, str]]) -> list[Point]:
 def taken(row: Mapping[str, str]) -> str:
     """The method that `RoutedLinear` takes for a row's shape, as `routed_layer.py` calls it."""
     tokens, experts, inputs = (int(row[name]) for name in ("tokens", "experts", "inputs"))
-    few = settings.takes_few(tokens, TOP_K)
+    options = KernelOptions()
+    few = not options.sorts(tokens, TOP_K)
     chosen = settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
     name, pdl = f"triton, {'few' if few else 'many'}", ", pdl" if chosen.pdl else ""
     if few:
-        return f"{name}, beside the base{pdl}" if settings.BASE_BESIDE else name + pdl
-    return f"{name}, before the base" if settings.BASE_AFTER else name + pdl
+        return f"{name}, beside the base{pdl}" if options.overlap_base else name + pdl
+    return f"{name}, before the base" if options.base_last else name + pdl
 
 
 def shape_of(row: Mapping[str, str]) -> str:

@@ -26,161 +26,75 @@ if "cpu" in sys.argv:  # before triton is imported
     os.environ["TRITON_INTERPRET"] = "1"
 
 import torch
+from layers import (
+    EPS,
+    RULE,
+    TOP_K,
+    Layer,
+    Result,
+    Routed,
+    Wrong,
+    base,
+    check,
+    chosen_settings,
+    layers_of,
+    with_kernels,
+)
 from measuring import device_name, replace_rows
 from replays import microseconds
+from sweep import sweep
 from torch.nn import functional as F
 
-from phatgoose.kernels import load, settings
-from phatgoose.kernels.launches import Choice, Question, add_few, linears_and_add
-from phatgoose.kernels.prototypes import split
-from phatgoose.kernels.sorted_launches import add_many, linears_after
+from phatgoose.kernels import KernelOptions, Routing, mix_loras
+from phatgoose.kernels.cuda import few, many, settings
 
-RANK, TOP_K, EPS = 16, 2, 1e-5
 # a run replaces the rows of the shapes that it measures
 KEYS = ("device", "inputs", "outputs", "experts", "tokens")
 SHAPES = ["4096x4096", "2048x2048", "2048x5120", "4096x14336"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """Random weights of one layer, and an input."""
-
-    x_NI: torch.Tensor
-    w_OI: torch.Tensor
-    a_ERI: torch.Tensor
-    b_ERO: torch.Tensor
-    prototypes_EI: torch.Tensor
-    question: Question
-
-    @classmethod
-    def random(cls, tokens: int, experts: int, inputs: int, outputs: int, device: str) -> Layer:
-        """Fresh numbers; x has a mean, as activations do."""
-        new = {"device": device, "dtype": torch.bfloat16}
-        prototypes_EI = F.layer_norm(torch.randn(experts, inputs, device=device), (inputs,), eps=EPS) / inputs**0.5
-        return cls(
-            torch.randn(tokens, inputs, **new) + 0.1,
-            torch.randn(outputs, inputs, **new) / inputs**0.5,
-            torch.randn(experts, RANK, inputs, **new) / inputs**0.5,
-            torch.randn(experts, RANK, outputs, **new) / RANK**0.5,
-            prototypes_EI,
-            Question(*split(prototypes_EI, torch.bfloat16), None, TOP_K, EPS, 1.0),
-        )
-
-
-Result = tuple[torch.Tensor, Choice]
-Routed = Callable[[Layer], Result]
-
-
-def base(layer: Layer) -> torch.Tensor:
-    return F.linear(layer.x_NI, layer.w_OI)
 
 
 def one_lora(layer: Layer) -> torch.Tensor:
     return F.linear(layer.x_NI, layer.w_OI) + F.linear(layer.x_NI, layer.a_ERI[0]) @ layer.b_ERO[0]
 
 
-def with_kernels(layer: Layer, chosen: settings.Few | settings.Many, base_layer: bool = True) -> Result:
-    """Ours, with the Triton kernels."""
-    y_NO = base(layer) if base_layer else layer.x_NI.new_zeros(layer.x_NI.shape[0], layer.w_OI.shape[0])
-    add = add_few if isinstance(chosen, settings.Few) else add_many
-    return y_NO, add(y_NO, layer.x_NI, layer.a_ERI, layer.b_ERO, layer.question, chosen)  # type: ignore[operator]
-
-
 def beside(layer: Layer, chosen: settings.Few) -> Result:
     """Ours for few tokens, the base layer at the same time as routing and A."""
-    bases, factors = [(layer.w_OI, None)], ([layer.a_ERI], [layer.b_ERO])
-    (y_NO,), choice = linears_and_add(layer.x_NI, bases, *factors, [layer.question], chosen)
-    return y_NO, choice.of_layer(0)
+    (y_NO,), routing = few.linears(layer.x_NI, [(layer.w_OI, None)], [layer.kernel_layer], RULE, chosen)
+    return y_NO, routing.layer(0)
 
 
 def before(layer: Layer, chosen: settings.Many) -> Result:
     """Ours for many tokens, the base layer last."""
-    factors = [layer.a_ERI], [layer.b_ERO]
-    (y_NO,), choice = linears_after(layer.x_NI, [layer.w_OI], *factors, [layer.question], chosen)
-    return y_NO, choice.of_layer(0)
+    (y_NO,), routing = many.linears(layer.x_NI, [layer.w_OI], [layer.kernel_layer], RULE, chosen)
+    return y_NO, routing.layer(0)
 
 
 def with_torch(layer: Layer, backend: str) -> Result:
     """Ours, with a PyTorch backend and the router's own code."""
     scores_NE = F.layer_norm(layer.x_NI.float(), layer.x_NI.shape[1:], eps=EPS) @ layer.prototypes_EI.T
     top_NK, ids_NK = scores_NE.topk(TOP_K)
-    choice = Choice(top_NK.softmax(1), ids_NK)
-    update_NO = load(backend)(layer.x_NI, layer.a_ERI, layer.b_ERO, *choice)  # type: ignore[arg-type]
-    return base(layer) + update_NO, choice
-
-
-def chosen_settings(tokens: int, experts: int, inputs: int, *, few: bool) -> settings.Few | settings.Many:
-    return settings.few(tokens, experts, inputs) if few else settings.many(tokens, TOP_K, experts, inputs)
+    routing = Routing(top_NK.softmax(1), ids_NK)
+    update_NO = mix_loras(layer.x_NI, layer.a_ERI, layer.b_ERO, routing, backend=backend)  # type: ignore[arg-type]
+    return base(layer) + update_NO, routing
 
 
 def routed_methods(tokens: int, experts: int, inputs: int, device: str, torch_backends: bool) -> dict[str, Routed]:
     """Every way of ours that is measured at a shape."""
     methods: dict[str, Routed] = {}
-    for few in (True, False):
-        if few and tokens > 256:
+    for is_few in (True, False):
+        if is_few and tokens > 256:
             continue
-        name, plain = "few" if few else "many", chosen_settings(tokens, experts, inputs, few=few)
+        name, plain = "few" if is_few else "many", chosen_settings(tokens, experts, inputs, is_few=is_few)
         for pdl in (False, True) if device == "cuda" else (False,):
             chosen = dataclasses.replace(plain, pdl=pdl)
             methods[f"triton, {name}{', pdl' if pdl else ''}"] = partial(with_kernels, chosen=chosen)
-            if few and device == "cuda":
+            if is_few and device == "cuda":
                 methods[f"triton, few, beside the base{', pdl' if pdl else ''}"] = partial(beside, chosen=chosen)  # type: ignore[arg-type]
     methods["triton, many, before the base"] = partial(before, chosen=settings.many(tokens, TOP_K, experts, inputs))
     if torch_backends:
         backends = ["grouped"] + ["gather"] * (tokens <= 64) + ["dense"] * (experts <= 64)
         methods |= {f"torch, {backend}": partial(with_torch, backend=backend) for backend in backends}
     return methods
-
-
-class Wrong(Exception):
-    """A method's result is not the layer's."""
-
-
-def exact(layer: Layer, choice: Choice) -> torch.Tensor:
-    """The layer's output in fp64, with a choice that somebody made."""
-    x_NI = layer.x_NI.double()
-    y_NO = x_NI @ layer.w_OI.double().T
-    if len(x_NI) <= 64:
-        a_NKRI, b_NKRO = (t[choice.expert_ids_NK].double() for t in (layer.a_ERI, layer.b_ERO))
-        h_NKR = torch.einsum("nkri,ni->nkr", a_NKRI, x_NI) * choice.weights_NK.double().unsqueeze(2)
-        return y_NO + torch.einsum("nkr,nkro->no", h_NKR, b_NKRO)
-    for e in choice.expert_ids_NK.unique().tolist():
-        n, k = torch.nonzero(choice.expert_ids_NK == e, as_tuple=True)
-        update = (x_NI[n] @ layer.a_ERI[e].double().T) @ layer.b_ERO[e].double()
-        y_NO.index_add_(0, n, update * choice.weights_NK[n, k].double().unsqueeze(1))
-    return y_NO
-
-
-def check(layer: Layer, method: Routed) -> tuple[float, float]:
-    """Compare with fp64.
-
-    Returns:
-        Error of y, for the same choice, in bf16's eps; share of tokens that fp64 routes elsewhere.
-
-    Raises:
-        Wrong: by more than rounding explains, or not the same twice.
-    """
-    y_NO, choice = method(layer)
-    expected_NO = exact(layer, choice)
-    error = (y_NO.double() - expected_NO).norm(dim=1).max() / expected_NO.norm(dim=1).max()
-    scores_NE = F.layer_norm(layer.x_NI.double(), layer.x_NI.shape[1:], eps=EPS) @ layer.prototypes_EI.double().T
-    ids_NK = scores_NE.topk(TOP_K).indices
-    flips = (choice.expert_ids_NK.sort(1).values != ids_NK.sort(1).values).any(1).double().mean()
-    weights_error = (choice.weights_NK.double() - scores_NE.gather(1, choice.expert_ids_NK).softmax(1)).abs().max()
-    again_NO, _ = method(layer)
-    units = float(error) / torch.finfo(torch.bfloat16).eps
-    if not units < 6 or not flips < 0.01 or not weights_error < 1e-3 or not torch.equal(y_NO, again_NO):
-        raise Wrong(
-            f"error {units:.2f} eps, flips {flips:.5f}, weights {weights_error:.2e}, "
-            f"same bits {torch.equal(y_NO, again_NO)}"
-        )
-    return units, float(flips)
-
-
-def layers_of(tokens: int, experts: int, inputs: int, outputs: int, device: str) -> list[Layer]:
-    """As many layers as exceed the L2 cache twice; 12 at most."""
-    copies = 2 if device == "cpu" else min(12, max(2, -(-(100 << 20) // (2 * inputs * outputs))))
-    return [Layer.random(tokens, experts, inputs, outputs, device) for _ in range(copies)]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -233,7 +147,7 @@ def profile(args: argparse.Namespace) -> None:
         inputs, outputs = map(int, shape.split("x"))
         layers = layers_of(tokens, experts, inputs, outputs, "cuda")
         # without overlap: a kernel that waits for the one in front would count its wait
-        chosen = chosen_settings(tokens, experts, inputs, few=settings.takes_few(tokens, TOP_K))
+        chosen = chosen_settings(tokens, experts, inputs, is_few=not KernelOptions().sorts(tokens, TOP_K))
         chosen = dataclasses.replace(chosen, pdl=False)
         rows: list[dict[str, object]] = []
         methods: dict[str, Callable[[Layer], object]] = {
@@ -274,8 +188,8 @@ def compile_first(args: argparse.Namespace) -> None:
     for shape, experts, tokens in ((s, e, t) for s in args.shapes for e in args.experts for t in args.tokens):
         inputs, outputs = map(int, shape.split("x"))
         sizes = {"tokens": tokens, "experts": experts, "inputs": inputs, "outputs": outputs, "bias": False}
-        for few in (True, False) if tokens <= 256 else (False,):
-            chosen = chosen_settings(tokens, experts, inputs, few=few)
+        for is_few in (True, False) if tokens <= 256 else (False,):
+            chosen = chosen_settings(tokens, experts, inputs, is_few=is_few)
             layers += [{**sizes, "chosen": chosen, "pdl": pdl} for pdl in (False, True)]
         layers.append({**sizes, "chosen": chosen, "after": True})
     number = compile_layers(layers)
@@ -301,8 +215,6 @@ def main() -> None:
     args.experts = args.experts or ([9] if tiny else [166, 36, 1000])
     args.tokens = args.tokens or ([1, 17] if tiny else [1, 32, 4096])
     if args.sweep:
-        from sweep import sweep
-
         sweep(args)
         return
     if not tiny:

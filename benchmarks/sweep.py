@@ -9,12 +9,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from layers import TOP_K, Layer, Settings, check, chosen_settings, layers_of, with_kernels
 from replays import microseconds
-from routed_layer import Layer, check, chosen_settings, layers_of, with_kernels
 
-from phatgoose.kernels import settings
+from phatgoose.kernels import KernelOptions
 
-Settings = settings.Few | settings.Many
 # "scores." are fields of the settings' `scores`
 FEW: Mapping[str, Sequence[Any]] = {
     "pdl": (False, True),
@@ -85,9 +84,9 @@ def sweep(args: argparse.Namespace) -> None:
         for experts in args.experts:
             for tokens in args.tokens:
                 layers = layers_of(tokens, experts, inputs, outputs, device)
-                few = settings.takes_few(tokens, 2)
-                chosen = chosen_settings(tokens, experts, inputs, few=few)
-                table = FEW if few else MANY
+                is_few = not KernelOptions().sorts(tokens, TOP_K)
+                chosen = chosen_settings(tokens, experts, inputs, is_few=is_few)
+                table = FEW if is_few else MANY
                 if device == "cuda":
                     compile_changes(chosen, table, layers[0], tokens, experts, inputs, outputs)
                 print(f"[{time.perf_counter() - begin:5.0f} s] {shape} N {experts} T {tokens}", flush=True)

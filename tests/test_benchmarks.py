@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from phatgoose.kernels import DEFAULT_OPTIONS
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -166,7 +168,7 @@ def test_model_with_switches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     model.main([*options.split(), "--switches", "none", "beside+shared+pdl", "after", "--out", str(out)])
     expected = ["triton", "triton, base beside, shared input, pdl", "triton, base after"]
     assert [row["backend"] for row in read(out)] == expected
-    assert model.switches_on() == "beside+shared+after+pdl"
+    assert model.switches_of(DEFAULT_OPTIONS) == "beside+shared+after+pdl"
     with pytest.raises(SystemExit, match="unknown switches"):
         model.main([*options.split(), "--switches", "besides"])
 
