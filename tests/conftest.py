@@ -36,6 +36,16 @@ def one_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def unchanged_originals() -> Iterator[None]:
+    """Adapters and pools are made once and copied; a test that wrote to an original has changed what others got."""
+    from helpers.originals import originals
+
+    yield
+    assert originals().changed() == []
+    originals().folder.cleanup()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The real data, which is not in this repository; without it, its tests are skipped, but not in CI."""

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from helpers.models import TARGETS, ModelFactory
+from helpers.originals import originals
 from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.provenance import GateProvenance
@@ -19,18 +20,22 @@ from phatgoose.files import sha256
 
 def make_adapter(factory: ModelFactory, folder: Path, seed: int = 0, **lora: Any) -> Path:
     """An adapter with random A and B, saved by PEFT itself."""
-    model = factory()
-    kind = model.config.model_type
-    options = {
-        "r": 8,
-        "lora_alpha": 12,
-        "target_modules": TARGETS[kind],
-        "fan_in_fan_out": kind == "gpt2",
-        "init_lora_weights": False,
-        "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-    }
-    torch.manual_seed(seed)
-    get_peft_model(model, LoraConfig(**(options | lora))).save_pretrained(str(folder))
+
+    def save(new: Path) -> None:
+        model = factory()
+        kind = model.config.model_type
+        options = {
+            "r": 8,
+            "lora_alpha": 12,
+            "target_modules": TARGETS[kind],
+            "fan_in_fan_out": kind == "gpt2",
+            "init_lora_weights": False,
+            "task_type": "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        }
+        torch.manual_seed(seed)
+        get_peft_model(model, LoraConfig(**(options | lora))).save_pretrained(str(new))
+
+    originals().copy(("adapter", factory, seed, repr(lora)), save, folder)
     return folder
 
 
@@ -71,5 +76,10 @@ def fill_pool(folder: Path, base: str, experts: Sequence[Path]) -> Pool:
 
 def make_pool(factory: ModelFactory, folder: Path, num_experts: int = 3, **lora: Any) -> Pool:
     """A pool in `folder`/pool of experts e0, e1, ... that lie beside it."""
-    experts = [make_expert(factory, folder / f"e{i}", seed=i, **lora) for i in range(num_experts)]
-    return fill_pool(folder / "pool", factory().config._name_or_path, experts)
+
+    def make(new: Path) -> None:
+        experts = [make_expert(factory, new / f"e{i}", seed=i, **lora) for i in range(num_experts)]
+        fill_pool(new / "pool", factory().config._name_or_path, experts)
+
+    originals().copy(("pool", factory, num_experts, repr(lora)), make, folder)
+    return Pool.open(folder / "pool")

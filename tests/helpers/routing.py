@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from helpers.data import model_inputs
 from helpers.models import MODELS, make_tokenizer
+from helpers.originals import originals
 from helpers.pools import fill_pool, make_expert
 from phatgoose.experts.adapter import WEIGHTS_FILE, Adapter
 from phatgoose.experts.embeddings import ENCODER, save_embeddings
@@ -46,9 +47,15 @@ def complete(folder: Path, seed: int) -> Path:
 
 
 def make_pool(kind: str, folder: Path, num_experts: int = 4, **lora: Any) -> Pool:
+    """As `helpers.pools.make_pool`, of experts that bring whatever any router needs."""
     factory = MODELS[kind]
-    experts = [complete(make_expert(factory, folder / f"e{i}", seed=i, **lora), seed=i) for i in range(num_experts)]
-    return fill_pool(folder / "pool", factory().config._name_or_path, experts)
+
+    def make(new: Path) -> None:
+        experts = [complete(make_expert(factory, new / f"e{i}", seed=i, **lora), seed=i) for i in range(num_experts)]
+        fill_pool(new / "pool", factory().config._name_or_path, experts)
+
+    originals().copy(("complete pool", kind, num_experts, repr(lora)), make, folder)
+    return Pool.open(folder / "pool")
 
 
 def routed(model: Any, pool: Pool, **options: Any) -> RoutedModel:
