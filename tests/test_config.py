@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import FrozenInstanceError, fields
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import phatgoose
 from helpers.checks import fails
 from phatgoose.config import AdapterTrainingConfig, GateConfig, RouterConfig, TextConfig
 from phatgoose.errors import ConfigError
@@ -69,3 +73,15 @@ def test_settings_are_named_and_stay(config: Any) -> None:
         config(getattr(settings, first))
     with pytest.raises(TypeError, match="frogs"):
         config(frogs=1)
+
+
+def test_version_is_the_installed_one_or_the_checkouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+    version = pyproject["project"]["version"]
+    assert phatgoose.__version__ == metadata.version("phatgoose") == version
+
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert phatgoose._read_version() == version

@@ -238,7 +238,7 @@ class AdapterTrainingConfig(OptimizerConfig):
         target_modules: Layers to adapt: "all-linear", or names separated by commas.
         learning_rate: Peak learning rate of AdamW. 1e-3 suits a scale of 1.
         save_steps: Steps between checkpoints, from which a killed run resumes.
-        joint_gates: train the gate together with the adapter, as the paper's
+        joint_gates: Train the gate together with the adapter, as the paper's
             ablation does (appendix A), instead of after it. Only `train_adapters` can.
     """
 

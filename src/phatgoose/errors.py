@@ -1,36 +1,42 @@
-"""Every error that a user can cause, in one tree.
+"""The exceptions that a user's input can cause, in one tree.
 
     PhatgooseError
     ├── ConfigError       an option or setting that cannot be used
-    ├── BaseModelError    the base model is missing, damaged or another one than expected
+    ├── BaseModelError    a base model that is missing, damaged, or not the expected one
     ├── AdapterError      a PEFT adapter folder that cannot be an expert
-    ├── GateError         a gate file that is missing, damaged or belongs elsewhere
-    ├── PrototypeError    mean activations or embeddings, likewise
-    ├── PoolError         a pool folder or its manifest
-    ├── RouterError       a router that cannot route among these experts
-    ├── DataError         training or evaluation data
+    ├── GateError         a gate that is missing, damaged, or for another adapter
+    ├── PrototypeError    mean activations or embeddings that are missing, damaged, or for another adapter
+    ├── PoolError         a pool folder or manifest that cannot be used
+    ├── RouterError       a router that cannot route among the given experts
+    ├── DataError         training or evaluation data that cannot be read
     ├── SuiteError        a suite or task that does not exist or cannot be evaluated
     ├── CheckpointError   an official PHATGOOSE checkpoint that cannot be imported
-    ├── ResultsError      a folder of evaluation results, or of recorded routing
+    ├── ResultsError      a folder of results or recordings that is damaged, mixed, or for another pool
     ├── ClusterError      a Ray cluster that cannot be used, or that lost a job too often
-    └── HubError          pushing to or pulling from a hub
+    └── HubError          a push to or pull from a hub that failed
 
-Each says what it is about, what was found, what was expected and the command
-that mends it. The command line prints them and leaves with exit code 2; any
-other exception, but for a disk that refuses, is a bug of ours.
+A message names the problem, what was found, what was expected, and the fix:
+
+    expert 'boolq' has no gate
+      found: no gate.safetensors
+      expected: gate.safetensors
+      fix: phatgoose gate pool/experts/boolq --data DATA
+
+The command line prints it and exits with code 2. Any other exception is a bug
+in this package, except an OSError with which a disk refuses to be used.
 """
 
 from __future__ import annotations
 
 
 class PhatgooseError(Exception):
-    """A user error.
+    """Base class of all errors that a user's input can cause.
 
     Args:
-        what: one sentence that names the thing ("expert 'boolq' has no gate").
-        found: what is there.
-        expected: what should be there.
-        fix: the command, or the one action, that mends it.
+        what: the problem, in one clause that names the thing ("expert 'boolq' has no gate").
+        found: what was found.
+        expected: what was expected.
+        fix: the command, or the one action, that fixes it.
     """
 
     def __init__(
@@ -52,7 +58,7 @@ class ConfigError(PhatgooseError):
 
 
 class BaseModelError(PhatgooseError):
-    """The base model is missing, damaged or another one than expected."""
+    """A base model that is missing, damaged, or not the expected one."""
 
 
 class AdapterError(PhatgooseError):
@@ -60,19 +66,19 @@ class AdapterError(PhatgooseError):
 
 
 class GateError(PhatgooseError):
-    """A gate file that is missing, damaged or belongs to another adapter."""
+    """A gate that is missing, damaged, or for another adapter."""
 
 
 class PrototypeError(PhatgooseError):
-    """Mean activations or embeddings that are missing, damaged or belong to another adapter."""
+    """Mean activations or embeddings that are missing, damaged, or for another adapter."""
 
 
 class PoolError(PhatgooseError):
-    """A pool folder or its manifest."""
+    """A pool folder or manifest that cannot be used."""
 
 
 class RouterError(PhatgooseError):
-    """A router that cannot route among these experts."""
+    """A router that cannot route among the given experts."""
 
 
 class DataError(PhatgooseError):
@@ -88,7 +94,7 @@ class CheckpointError(PhatgooseError):
 
 
 class ResultsError(PhatgooseError):
-    """A folder of evaluation results, or of recorded routing, that is damaged, mixed or of another pool."""
+    """A folder of results or recordings that is damaged, mixed, or for another pool."""
 
 
 class ClusterError(PhatgooseError):
@@ -96,4 +102,4 @@ class ClusterError(PhatgooseError):
 
 
 class HubError(PhatgooseError):
-    """Pushing to or pulling from a hub failed."""
+    """A push to or pull from a hub that failed."""

@@ -1,4 +1,4 @@
-"""Files that survive a killed process, and their checksums."""
+"""Writing files and folders so that a killed process leaves the old or the new, and checksums of files."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file, as 64 hex digits."""
+    """The sha256 of a file, as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` so that `path` holds either the old text or all of the new."""
+    """Write `value` as JSON; a killed process leaves either the old file or the whole new one."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a file name to write to; on a clean exit it takes the place of `path`.
+    """Yield a temporary file to write to, which replaces `path` on a clean exit.
 
-    The temporary file lies in the same folder, so that the last step is one
-    rename. If the block raises, `path` is untouched and nothing is left.
+    The temporary file is in the same folder, so the last step is one rename. If
+    the block raises, `path` is unchanged and the temporary file is deleted.
     """
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
-        # mkstemp makes files that only their owner can read
+        # mkstemp creates files that only their owner can read
         temporary.chmod(0o666 & ~_umask())
         _flush(temporary)
         temporary.replace(path)
@@ -48,10 +48,10 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill; on a clean exit it becomes `path`.
+    """Yield an empty temporary folder to fill, which becomes `path` on a clean exit.
 
-    `path` must not exist, or be an empty folder. If the block raises, `path`
-    is as it was.
+    `path` must not exist, or be an empty folder. If the block raises, `path` is
+    unchanged and the temporary folder is deleted.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
@@ -67,7 +67,7 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Hand a file or folder to the disk, so that a power cut after this keeps it."""
+    """Flush a file or folder to the disk, so that it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,7 +76,7 @@ def _flush(path: Path) -> None:
 
 
 def _umask() -> int:
-    # the only way to read it is to set it
+    # the umask can only be read by setting it
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -19,10 +19,11 @@ import pytest
 from helpers.checks import files_of
 from helpers.hub_server import HubServer, Repo
 from helpers.models import llama
-from helpers.pools import make_adapter, make_expert, make_pool
+from helpers.pools import make_adapter, make_expert, make_gate, make_pool
 from phatgoose.config import RouterConfig
 from phatgoose.errors import AdapterError, HubError, PhatgooseError, PoolError, RouterError
 from phatgoose.experts import publish as hub
+from phatgoose.experts.location import editing
 from phatgoose.experts.manifest import Entry
 from phatgoose.experts.pool import Pool
 from phatgoose.routers import check_pool
@@ -301,6 +302,30 @@ def test_linked_expert_stays_on_the_hub(
     assert not [path for path in server.paths(repo + "-pool") if "linked" in path]
     pulled = run(hub.pull_pool, repo + "-pool", tmp_path / "pulled")
     assert pulled.fingerprint == pool.fingerprint
+
+
+def give_gate(folder: Path, name: str) -> None:
+    """Write a gate for an expert of a pool, as `phatgoose gate` does."""
+    with editing(folder / "experts" / name) as expert:
+        make_gate(expert.folder)
+
+
+def test_an_edited_linked_expert_becomes_a_copy(
+    server: HubServer, run: Run, pool: Pool, repo: str, tmp_path: Path
+) -> None:
+    put_expert(server, repo, make_adapter(llama, tmp_path / "bare"))
+    run(pool.link, repo, "bare")
+    cached = run(Pool.open(pool.folder).expert, "bare").folder
+    before = files_of(cached)
+    run(give_gate, pool.folder, "bare")
+
+    again = Pool.open(pool.folder)
+    entry = again.entry("bare")
+    assert (entry.path, entry.hub) == ("experts/bare", None)
+    assert entry.source.endswith(" (adapter only)")
+    assert again.expert("bare").has_gate
+    assert again.check() == []
+    assert files_of(cached) == before
 
 
 def test_a_linked_expert_gets_no_gate_in_the_cache(

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from helpers.data import token_ids
 from helpers.models import llama
 from helpers.pools import make_expert, make_gate, make_pool
 from phatgoose.errors import PoolError
-from phatgoose.experts.location import containing_pool
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.manifest import MANIFEST_FILE, BaseId
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.vectors import GATE
@@ -146,11 +147,57 @@ def test_subset_orders_the_expert_ids(pool: Pool) -> None:
     assert files_of(pool.folder) == before
 
 
-def test_pool_of_an_expert_folder(pool: Pool, template: Path) -> None:
-    found = containing_pool(pool.expert("e1").folder)
-    assert found is not None
-    assert (found[0].fingerprint, found[1]) == (pool.fingerprint, "e1")
-    assert containing_pool(template / "new") is None
+def test_editing_commits_what_was_written(pool: Pool, template: Path) -> None:
+    with pool.editing("e1") as copy:
+        assert copy.name == "e1"
+        assert copy.checksums() == pool.entry("e1").files
+        make_gate(copy.folder, seed=5)
+        assert Pool.open(pool.folder).fingerprint == pool.fingerprint  # not before the block ends
+    again = Pool.open(pool.folder)
+    assert again.names == pool.names == ("e0", "e1", "e2")
+    assert again.entry("e1").source == "e1 (adapter only)"
+    assert again.check() == []
+    expected = make_gate(Path(shutil.copytree(template / "e1", pool.folder.with_name("e1"))), seed=5)
+    assert again.entry("e1").files == Expert(expected).checksums()
+
+
+def test_editing_without_a_change_commits_nothing(pool: Pool) -> None:
+    before = files_of(pool.folder)
+    with pool.editing("e1") as copy:
+        (copy.folder / "notes.txt").write_text("not a part of an expert")
+    assert files_of(pool.folder) == before
+
+
+def test_editing_that_fails_commits_nothing(pool: Pool) -> None:
+    before = files_of(pool.folder)
+    with pytest.raises(KeyboardInterrupt), pool.editing("e1") as copy:
+        make_gate(copy.folder, seed=5)
+        raise KeyboardInterrupt
+    assert files_of(pool.folder) == before
+    assert not copy.folder.exists()
+
+
+@pytest.mark.parametrize("first", ["main", "other"])
+def test_one_of_several_processes_commits(first: str, pool: Pool) -> None:
+    """All processes of one training edit the expert, and only the main one writes the gate."""
+    main, other = ExitStack(), ExitStack()
+    copy = main.enter_context(pool.editing("e1"))
+    other.enter_context(Pool.open(pool.folder).editing("e1"))
+    make_gate(copy.folder, seed=5)
+    expected = copy.checksums()
+    for process in (main, other) if first == "main" else (other, main):
+        process.close()
+    assert Pool.open(pool.folder).entry("e1").files == expected
+    assert Pool.open(pool.folder).check() == []
+    assert len(folders(pool)) == 3
+
+
+def test_editing_an_expert_that_is_not_there(pool: Pool) -> None:
+    def edit() -> None:
+        with pool.editing("e9"):
+            pass
+
+    fails(PoolError, "'e9'", "e0, e1, e2", action=edit)
 
 
 def test_names_of_base_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,6 +246,9 @@ if action == "add":
     pool.add(expert)
 elif action == "replace":
     pool.replace("e0", expert)
+elif action == "edit":
+    with pool.editing("e0") as copy:
+        (copy.folder / "gate_config.json").write_text("{}")
 else:
     pool.remove("e0")
 """
@@ -211,6 +261,8 @@ else:
         ("add", "while copying"),
         ("add", "before the commit"),
         ("replace", "after the commit"),
+        ("edit", "before the commit"),
+        ("edit", "after the commit"),
         ("remove", "in the commit"),
     ],
 )

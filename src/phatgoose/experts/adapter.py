@@ -1,7 +1,7 @@
-"""A LoRA adapter as PEFT saves it: adapter_config.json and adapter_model.safetensors.
+"""A LoRA adapter in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-Read from the two files alone, so that a pool loads without PEFT or the base.
-Axes: I in-features, O out-features, R rank.
+Only the two files are read, so a pool opens without PEFT and without the base
+model. Axes: I in-features, O out-features, R rank.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 T = TypeVar("T")
 
-# Fields of PEFT's LoraConfig that change what an adapter computes in a way that
-# a sum of low-rank updates on the unchanged base cannot express.
+# fields of PEFT's LoraConfig with which an adapter is not a low-rank update of an unchanged base
 _UNSUPPORTED = {
     "use_dora": "DoRA rescales the base weights, so its updates cannot be summed",
     "use_qalora": "QALoRA pools the input before A",
@@ -42,12 +41,12 @@ _UNSUPPORTED = {
     "monteclora_config": "MonteCLoRA samples its factors",
     "velora_config": "VeLoRA changes the adapted layers",
 }
-# The others (pissa, olora, loftq, corda, lora_ga, ...) move part of the base into the adapter.
+# the others (pissa, olora, loftq, corda, lora_ga, ...) move a part of the base's weights into the adapter
 _BASE_KEEPING_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class LoraWeights(NamedTuple):
-    """One site's update `scaling * B @ A`."""
+    """Factors of the update `scaling * B @ A` at one site."""
 
     a_RI: torch.Tensor
     b_OR: torch.Tensor
@@ -55,7 +54,7 @@ class LoraWeights(NamedTuple):
 
 
 class LoraShape(NamedTuple):
-    """Rank and feature counts of one site."""
+    """Rank and feature counts of the update at one site."""
 
     rank: int
     in_features: int
@@ -64,7 +63,17 @@ class LoraShape(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
-    """What adapter_config.json says, as far as the arithmetic needs it."""
+    """The fields of adapter_config.json that determine the update.
+
+    Attributes:
+        base: name of the base model; "" if the file does not name one.
+        revision: revision of the base model; None if not pinned.
+        rank: rank R, where `rank_pattern` has no other.
+        alpha: LoRA's alpha, where `alpha_pattern` has no other.
+        use_rslora: divide alpha by sqrt(R) instead of R.
+        rank_pattern: pattern of a site's name -> its rank.
+        alpha_pattern: pattern of a site's name -> its alpha.
+    """
 
     base: str
     revision: str | None
@@ -79,8 +88,8 @@ class AdapterConfig:
         """Read a folder's adapter_config.json.
 
         Raises:
-            AdapterError: it is missing, not JSON, not LoRA, or uses a variant
-                of LoRA that cannot be routed.
+            AdapterError: the file is missing or not JSON, or the adapter is not LoRA,
+                or a variant of LoRA that cannot be routed.
         """
         raw = _read_config(folder)
         if raw.get("peft_type") != "LORA":
@@ -103,21 +112,24 @@ class AdapterConfig:
         )
 
     def site_rank(self, site: str) -> int:
-        """Rank that PEFT gives to `site`."""
+        """Rank at `site`, by PEFT's rules."""
         return _by_pattern(self.rank_pattern, site, self.rank)
 
     def scaling(self, site: str) -> float:
-        """LoRA's scale at `site`: alpha/r, or alpha/sqrt(r) with rsLoRA."""
+        """Scale of the update at `site`: alpha / R, or alpha / sqrt(R) with rsLoRA."""
         rank = self.site_rank(site)
         alpha = _by_pattern(self.alpha_pattern, site, self.alpha)
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 class Adapter:
-    """A LoRA adapter on disk. Opening reads the config and the file's header.
+    """A LoRA adapter on disk. Opening it reads its config and the header of its weights.
 
     Args:
-        folder: holds adapter_config.json and adapter_model.safetensors.
+        folder: folder with adapter_config.json and adapter_model.safetensors.
+
+    Attributes:
+        shapes: site -> rank, in-features, out-features, sorted by site.
 
     Raises:
         AdapterError: the folder is not a LoRA adapter that can be routed.
@@ -136,10 +148,10 @@ class Adapter:
                 self.shapes[site] = self._shape(site, a, b)
 
     def load(self) -> Iterator[tuple[str, LoraWeights]]:
-        """Yield each site with its weights, in the file's dtype.
+        """Yield each site with its weights, on the CPU and in the file's dtype.
 
         Raises:
-            AdapterError: a weight is not finite.
+            AdapterError: a weight is not finite, or the file cannot be read.
         """
         with self._opened() as tensors:
             for site, (key_a, key_b) in self._keys.items():
@@ -159,7 +171,7 @@ class Adapter:
                 f"adapter {self.folder} adapts {site}, which is not a linear layer",
                 found=f"A {tuple(a)}, B {tuple(b)}",
                 expected="two matrices",
-                fix="train it with target_modules that are linear layers",
+                fix="train it with linear layers as target_modules",
             )
         rank = self.config.site_rank(site)
         if a[0] != rank or b[1] != rank:
@@ -271,24 +283,28 @@ def _is_pattern(value: Any) -> bool:
 
 
 def _pair_keys(folder: Path, keys: list[str]) -> dict[str, tuple[str, str]]:
-    halves: dict[str, dict[str, str]] = {}
-    strange = []
+    factors: dict[str, dict[str, str]] = {}
+    unpaired = []
     for key in keys:
         match = re.fullmatch(re.escape(PREFIX) + r"(.+)\.lora_(A|B)\.weight", key)
         if match is None:
-            strange.append(key)
+            unpaired.append(key)
         else:
-            halves.setdefault(match[1], {})[match[2]] = key
-    half = [site for site, pair in halves.items() if len(pair) != 2]
-    if strange or half or not halves:
-        found = f"tensor {strange[0]!r}" if strange else f"only one factor at {half[0]}" if half else "no tensors"
+            factors.setdefault(match[1], {})[match[2]] = key
+    incomplete = [site for site, pair in factors.items() if len(pair) != 2]
+    if unpaired or incomplete or not factors:
+        found = "no tensors"
+        if unpaired:
+            found = f"tensor {unpaired[0]!r}"
+        elif incomplete:
+            found = f"only one factor at {incomplete[0]}"
         raise AdapterError(
             f"adapter {folder} holds something that is not a LoRA pair",
             found=found,
             expected=f"{PREFIX}<module>.lora_A.weight and .lora_B.weight, nothing else",
             fix="save it again with PEFT's save_pretrained, without trained embeddings or other layers",
         )
-    return {site: (pair["A"], pair["B"]) for site, pair in sorted(halves.items())}
+    return {site: (pair["A"], pair["B"]) for site, pair in sorted(factors.items())}
 
 
 def _by_pattern(patterns: dict[str, T], site: str, default: T) -> T:

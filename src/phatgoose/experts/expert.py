@@ -1,4 +1,4 @@
-"""An expert: a named adapter with, or still without, a gate."""
+"""An expert: a named adapter, with or without a gate and prototypes beside it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from phatgoose.experts.vectors import ACTIVATIONS, GATE
 from phatgoose.files import sha256
 
 EXPERT_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]*"
-# What makes an expert; whatever else lies in its folder is not copied or hashed.
+# the files of an expert; no other file in its folder is copied or hashed
 FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -26,7 +26,7 @@ FILES = (
     ACTIVATIONS.config_file,
     EMBEDDINGS_FILE,
 )
-# what routers may need of an expert -> the file that holds it
+# what a router may need from an expert -> the file that provides it
 NEEDED_FILES = {
     "adapter": WEIGHTS_FILE,
     "gate": GATE.file,
@@ -36,15 +36,15 @@ NEEDED_FILES = {
 
 
 class Expert:
-    """An adapter folder under a name. Opening reads configs and headers, not weights.
+    """A PEFT adapter's folder and a name. Opening it reads configs and headers, not weights.
 
     Args:
         folder: a PEFT adapter's folder, with or without a gate.
-        name: letters, digits, '.', '_' and '-'; the folder's name if None.
+        name: letters, digits, '.', '_' and '-'; by default the folder's name.
 
     Raises:
         AdapterError: the folder is not a LoRA adapter that can be routed.
-        ConfigError: the name cannot be used.
+        ConfigError: the name has other characters.
     """
 
     def __init__(self, folder: str | Path, name: str | None = None) -> None:
@@ -53,16 +53,16 @@ class Expert:
 
     @property
     def folder(self) -> Path:
-        """Where its files lie."""
+        """The folder that holds the expert's files."""
         return self.adapter.folder
 
     @property
     def has_gate(self) -> bool:
-        """Whether a gate lies beside the adapter."""
+        """Whether the expert has a gate file; it may be damaged."""
         return self.brings("gate")
 
     def brings(self, need: str) -> bool:
-        """Whether the file for a need of a router (`NEEDED_FILES`) lies here, whole or not."""
+        """Whether the expert has the file for a router's need (a key of `NEEDED_FILES`); it may be damaged."""
         return (self.folder / NEEDED_FILES[need]).is_file()
 
     @property
@@ -71,11 +71,11 @@ class Expert:
         return self.adapter.shapes
 
     def load_gate(self) -> dict[str, torch.Tensor]:
-        """Site -> gate vector (in-features,), fp32. Raises GateError."""
+        """Site -> gate vector, shape (in-features,), fp32. Raises GateError if missing or damaged."""
         return GATE.load(self.adapter)
 
     def load_activations(self) -> dict[str, torch.Tensor]:
-        """Site -> mean activation (in-features,), fp32. Raises PrototypeError."""
+        """Site -> mean activation, shape (in-features,), fp32. Raises PrototypeError if missing or damaged."""
         return ACTIVATIONS.load(self.adapter)
 
     def files(self) -> list[Path]:
@@ -94,15 +94,15 @@ class Expert:
 
 
 def check_name(name: str) -> str:
-    """Return `name` if an expert may be called so.
+    """Return `name` if it is a valid expert name.
 
     Raises:
-        ConfigError: it may not.
+        ConfigError: it is not.
     """
     if re.fullmatch(EXPERT_NAME, name) is None:
         raise ConfigError(
             f"an expert cannot be named {name!r}",
             expected="letters, digits, '.', '_' and '-', beginning with a letter or digit",
-            fix="give it another with --name",
+            fix="give another name with --name",
         )
     return name

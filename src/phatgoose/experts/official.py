@@ -1,6 +1,6 @@
-"""Checkpoints of the official PHATGOOSE code -> a pool of PEFT adapters with gates.
+"""Import of official PHATGOOSE checkpoints as a pool of PEFT adapters with gates.
 
-Key formats of r-three/phatgoose, i an expert's number:
+Tensor names in r-three/phatgoose, where i is an expert's number:
 
     <module>._addons.expert_lora.layer1__<i>          [in, r]    A transposed
     <module>._addons.expert_lora.layer2__<i>          [r, out]   B transposed
@@ -8,7 +8,8 @@ Key formats of r-three/phatgoose, i an expert's number:
     <module>._addons.expert_lora.expert_input_gate    [in]       the gate, while it is trained
     <module>.expert_lora_a, <module>.expert_lora_b    [r, in], [out, r]   one expert, before gate training
 
-The official code divides by the rank and has no alpha, so lora_alpha is 1.
+The official code divides the update by the rank and has no alpha, so lora_alpha
+is 1. Axes: I in-features, O out-features, R rank.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ _EXPERT = re.compile(
 )
 _TRAINED_GATE = re.compile(r"(?P<site>.+)\._addons\.expert_lora\.expert_input_gate")
 _SINGLE = re.compile(r"(?P<site>.+)\.expert_lora_(?P<half>[ab])")
-# Copies of the base's embeddings, and an empty tensor that the official code trains by accident.
+# copies of the base's embeddings, and an empty tensor that the official code trains by accident
 _DROPPED = re.compile(r".*embed_tokens\.weight|.*shared\.weight|.*device_probe")
 
 
 @dataclass
 class _Parts:
-    """One expert's tensors in PEFT's orientation, by site."""
+    """One expert's tensors by site, in PEFT's orientation."""
 
     a_RI: dict[str, torch.Tensor] = field(default_factory=dict)
     b_OR: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -60,15 +61,15 @@ def import_official(
 
     Args:
         checkpoint: a .pt file (loaded with weights_only=True) or a .safetensors file.
-        model: the base model, for checking shapes; weights are not needed (a meta model will do).
-        base: its name, for the manifest.
+        model: the base model to compare shapes with; a model on the meta device is enough.
+        base: the base model's name, for the manifest.
         out: folder of the new pool.
-        names: of the experts, by number; "expert-00", ... if None.
+        names: names of the experts by number; by default "expert-00", "expert-01", ...
 
     Raises:
-        CheckpointError: the file cannot be read, or holds something else.
-        BaseModelError: it does not fit the base model.
-        ConfigError: an expert cannot be named so.
+        CheckpointError: the file cannot be read, or is not a checkpoint of the official code.
+        BaseModelError: an expert does not fit the base model.
+        ConfigError: a name is not a valid expert name.
         PoolError: `out` is not empty.
     """
     checkpoint, out = Path(checkpoint), Path(out)

@@ -1,4 +1,4 @@
-"""Layer, kind and stream of a site, read from its name."""
+"""What a site's name says: its layer, its kind, and the tokens that it reads. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a site stands in the model.
+    """A site's place in the model.
 
     Attributes:
-        name: of the module.
+        name: name of the module.
         kind: last part of the name ("q_proj", "wo").
-        layer: first number in the name, after "encoder " or "decoder " if the
-            model has both; the kind if there is no number ("lm_head").
-        stream: whose positions it reads.
+        layer: first number in the name ("7"), after "encoder " or "decoder " if the
+            model has both; the kind if the name has no number ("lm_head").
+        stream: the tokens whose positions enter the site: TEXT in a decoder-only
+            model, else INPUT or OUTPUT.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Site:
 
 
 def describe_site(name: str, *, encoder_decoder: bool = False) -> Site:
-    """Layer, kind and stream of a site, read from its name."""
+    """Read layer, kind and stream from a site's name."""
     kind = name.rpartition(".")[2]
     number = _NUMBER.search(name)
     layer = number.group() if number else kind

@@ -1,7 +1,7 @@
 """The weights of all experts at one site, stacked.
 
-Axes: E experts, I in-features, O out-features, R rank (the largest; smaller
-ones are padded with zeros, which changes no sum).
+Axes: E experts, I in-features, O out-features, R largest rank (smaller ranks are
+padded with zeros, which changes no sum).
 """
 
 from __future__ import annotations
@@ -15,23 +15,22 @@ from phatgoose.errors import PoolError, RouterError
 from phatgoose.experts.adapter import LoraShape
 from phatgoose.experts.expert import Expert
 
-# torch's grouped_mm wants rows that start at multiples of 16 bytes: 8 bf16 or 4 fp32 numbers.
+# torch's grouped_mm needs rows that start at multiples of 16 bytes: 8 numbers in bf16, 4 in fp32
 RANK_MULTIPLE = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class SiteStack:
-    """What routing needs at one site.
+    """The experts' tensors at one site.
 
     Attributes:
-        a_ERI: down-projections.
-        b_ERO: up-projections, transposed, with LoRA's scale folded in.
-        gates_EI: the gate vectors as trained, fp32; None if not asked for.
-        activations_EI: the mean activations, fp32; None if not asked for.
-        present_E: which experts adapt this site. The others' rows are zero and
-            a router must score them -inf: a zero gate would still compete.
-        filled_E: which slots hold an expert of the pool at all; None where all
-            do and none will ever change.
+        a_ERI: down-projections A.
+        b_ERO: up-projections B, transposed and multiplied by LoRA's scale.
+        gates_EI: gate vectors as trained, fp32; None unless requested.
+        present_E: whether each expert adapts this site. The rows of an absent expert
+            are zero; a router must score it -inf, because a zero gate still competes.
+        activations_EI: mean activations, fp32; None unless requested.
+        filled_E: whether each slot holds an expert; None for stacks without free slots.
     """
 
     a_ERI: torch.Tensor
@@ -50,19 +49,22 @@ def stack_sites(
     with_activations: bool = False,
     capacity: int | None = None,
 ) -> dict[str, SiteStack]:
-    """Load experts one after the other into one stack per site.
+    """Load experts one after another into one stack per site.
 
-    Peak memory is the stacks and one tensor pair. Expert ids are positions in `experts`.
+    Peak memory is the stacks and one pair of tensors.
 
     Args:
-        experts: opened experts, at least one.
-        dtype: of a_ERI and b_ERO.
-        with_gates: whether to load the gates too.
-        with_activations: whether to load the mean activations too.
-        capacity: slots, of which those behind the experts stay empty; None for as many as experts.
+        experts: opened experts, at least one; the position is the expert id.
+        dtype: dtype of a_ERI and b_ERO.
+        with_gates: load the gates too.
+        with_activations: load the mean activations too.
+        capacity: number of slots E, the last ones empty; by default one per expert.
+
+    Returns:
+        Site -> stack, on the CPU.
 
     Raises:
-        PoolError: experts disagree about a site's shape.
+        PoolError: two experts have different shapes at one site.
         AdapterError, GateError, PrototypeError: an expert's files are damaged.
     """
     shapes = {
@@ -86,17 +88,20 @@ def stack_slot(
     with_gates: bool = False,
     with_activations: bool = False,
 ) -> dict[str, SiteStack]:
-    """Load one expert as it would lie in stacks that exist, each with E = 1.
+    """Load one expert in the shape of existing stacks, each with E = 1.
 
     Args:
-        expert: None for an empty slot.
-        shapes: of all sites that have a stack; the ranks are the stacks'.
+        expert: the expert; None for an empty slot.
+        shapes: site -> shape of its stack, for all sites with a stack.
         dtype, with_gates, with_activations: see `stack_sites`.
 
+    Returns:
+        Site -> stack with E = 1, on the CPU.
+
     Raises:
-        RouterError: the expert adapts another layer, or has a larger rank.
-        PoolError: it was made for another base model.
-        AdapterError, GateError, PrototypeError: its files are damaged.
+        RouterError: the expert adapts a layer without a stack, or has a larger rank than a stack.
+        PoolError: the expert was trained on another base model.
+        AdapterError, GateError, PrototypeError: the expert's files are damaged.
     """
     stacks = {
         site: _empty_stack(1, shape, dtype, with_gates, with_activations, slots=True) for site, shape in shapes.items()
@@ -109,7 +114,7 @@ def stack_slot(
 
 
 def _fill(stacks: Mapping[str, SiteStack], e: int, expert: Expert) -> None:
-    """Load one expert into the slot `e`, which is empty."""
+    """Load one expert into slot `e`, which must be empty."""
     for site, (a_RI, b_OR, scaling) in expert.adapter.load():
         stack, rank = stacks[site], a_RI.shape[0]
         stack.a_ERI[e, :rank] = a_RI.to(stack.a_ERI.dtype)
@@ -132,14 +137,14 @@ def _fill(stacks: Mapping[str, SiteStack], e: int, expert: Expert) -> None:
 
 
 def _check_fits(expert: str, site: str, shape: LoraShape, shapes: Mapping[str, LoraShape]) -> None:
-    again = "build the model again, with this expert in its pool"
+    rebuild = "build the model again, with this expert in its pool"
     known = shapes.get(site)
     if known is None:
         raise RouterError(
             f"expert {expert!r} adapts {site}, which this model does not route",
             found=site,
             expected=f"one of its {len(shapes)} routed layers: {', '.join(list(shapes)[:3])}, ...",
-            fix=again,
+            fix=rebuild,
         )
     if known[1:] != shape[1:]:
         raise PoolError(
@@ -153,12 +158,12 @@ def _check_fits(expert: str, site: str, shape: LoraShape, shapes: Mapping[str, L
             f"expert {expert!r} has too large a rank at {site}",
             found=f"rank {shape.rank}",
             expected=f"a rank of at most {known.rank}, which the slots have room for",
-            fix=again,
+            fix=rebuild,
         )
 
 
 def _site_shapes(experts: Sequence[Expert]) -> Mapping[str, LoraShape]:
-    """Per site the common feature counts and the largest rank."""
+    """Site -> the experts' feature counts and their largest rank."""
     shapes: dict[str, LoraShape] = {}
     owners: dict[str, str] = {}
     for expert in experts:

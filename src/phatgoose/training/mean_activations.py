@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.config import Dtype, TextConfig
+from phatgoose.config import Dtype, PrototypeConfig, TextConfig
 from phatgoose.data.batching import by_length
 from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.data.examples import Example, fingerprint
@@ -31,8 +31,6 @@ from phatgoose.files import sha256
 from phatgoose.models.base import DTYPES, base_id
 from phatgoose.models.frozen_lora import FrozenLora
 from phatgoose.models.wrapped import WrappedLinear, replaced_layers
-
-NUM_EXAMPLES = 1000
 
 
 class AveragingLinear(WrappedLinear):
@@ -73,9 +71,9 @@ def save_mean_activations(
     examples: Sequence[Example],
     *,
     text: TextConfig | None = None,
-    num_examples: int = NUM_EXAMPLES,
-    seed: int = 0,
-    batch_size: int = 16,
+    num_examples: int = PrototypeConfig.num_examples,
+    seed: int = PrototypeConfig.seed,
+    batch_size: int = PrototypeConfig.batch_size,
     save_dtype: Dtype = "fp32",
 ) -> dict[str, torch.Tensor]:
     """Compute an expert's mean activations and write them into its folder.
@@ -116,7 +114,11 @@ def save_mean_activations(
 
 @torch.no_grad()
 def mean_activations(
-    model: PreTrainedModel, encoder: Encoder, expert: Expert, examples: Sequence[Example], batch_size: int = 16
+    model: PreTrainedModel,
+    encoder: Encoder,
+    expert: Expert,
+    examples: Sequence[Example],
+    batch_size: int = PrototypeConfig.batch_size,
 ) -> dict[str, torch.Tensor]:
     """Mean activations of an expert on all of `examples`; see `save_mean_activations`.
 
