@@ -60,10 +60,10 @@ class RouterConfig:
         return cls(**options)
 
     @classmethod
-    def parse(cls, texts: Iterable[str]) -> dict[str, float]:
+    def parse(cls, texts: Iterable[str]) -> dict[str, Any]:
         """Parse options written as "temperature=0.5", for `of`. Raises ConfigError."""
         defaults = {field.name: field.default for field in fields(cls) if isinstance(field.default, int | float)}
-        options = {}
+        options: dict[str, Any] = {}
         for text in texts:
             name, sign, value = text.partition("=")
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -20,7 +19,7 @@ from phatgoose.cli.options import (
     Suites,
     TaskData,
     TaskNames,
-    comma_list,
+    load_suites,
     need_lm_eval,
 )
 from phatgoose.config import RecordingConfig, RouterConfig
@@ -55,9 +54,7 @@ def record(
 
     from phatgoose.analysis.recorder import record_tasks
     from phatgoose.data.encoder import Encoder
-    from phatgoose.evaluation.grid import with_data
     from phatgoose.evaluation.methods import parse_methods
-    from phatgoose.evaluation.suites import load_tasks
     from phatgoose.experts.checks import check_base_name
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import load_base, load_tokenizer, placement
@@ -65,17 +62,10 @@ def record(
 
     opened = Pool.open(pool)
     name = check_base_name(pool, opened.base, base)
-    methods = parse_methods([router], opened)
-    method = methods[0]
+    method = parse_methods([router], opened)[0]
     if method.router is None or method.router.expert is not None:
         raise ConfigError(f"{router!r} routes nothing", expected="a router over the whole pool")
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = load_tasks(comma_list(suite), opened, data=data, names=comma_list(task), limit=config.limit)
-    tasks, missing = with_data(tasks)
-    if missing and not (skip_missing and tasks):
-        raise missing[0]
-    for error in missing:
-        typer.echo(f"left out: {error.what} ({error.found})", err=True)
+    tasks = load_suites(suite, opened, data=data, task=task, limit=config.limit, skip_missing=skip_missing)
     dtype, device = placement(dtype, device)
     set_seed(config.seed)
     loaded = load_base(name, opened.base.revision, dtype=dtype, device=device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +20,7 @@ from phatgoose.cli.options import (
     TaskData,
     TaskNames,
     comma_list,
+    load_suites,
     need_lm_eval,
 )
 from phatgoose.config import SEEDS, EvaluationConfig
@@ -69,7 +69,6 @@ def evaluate(
     from phatgoose.data.encoder import Encoder
     from phatgoose.evaluation import grid
     from phatgoose.evaluation.methods import parse_methods
-    from phatgoose.evaluation.suites import load_tasks
     from phatgoose.experts.checks import check_base_name
     from phatgoose.experts.pool import Pool
     from phatgoose.models.base import load_base, load_tokenizer, placement
@@ -79,14 +78,7 @@ def evaluate(
     name = check_base_name(pool, opened.base, base)
     methods = parse_methods(comma_list(router), opened, top_k)
     results = ResultsFolder(out, opened.fingerprint)
-    # lm-eval warns about settings that this command makes itself
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tasks = load_tasks(comma_list(suite), opened, data=data, names=comma_list(task), limit=limit)
-    tasks, missing = grid.with_data(tasks)
-    if missing and not (skip_missing and tasks):
-        raise missing[0]
-    for error in missing:
-        typer.echo(f"left out: {error.what} ({error.found})", err=True)
+    tasks = load_suites(suite, opened, data=data, task=task, limit=limit, skip_missing=skip_missing)
     dtype, device = placement(dtype, device)
     cells = grid.plan(tasks, methods, seeds, base=name, dtype=dtype, limit=limit, text=text)
     pending = [cell for cell in cells if results.find(cell.key) is None]

