@@ -14,7 +14,9 @@ DATA is laid out as docs/evaluation.md says. Makes
     OUT/comparison.md, .html         the tables of all seeds, on the tasks that all methods have
     OUT/above-chance.md, .html       likewise, without the tasks on which no method is better than chance
     OUT/ours.md, OUT/ours-above-chance.md, .html    the same against our own router
-    OUT/settings.md, .html           of what was varied, with the first seed
+    OUT/settings.md, .html           settings and variants, with the first seed, on the tasks with choices
+    OUT/settings-all-tasks.md, .html the settings and pools that have rows of all tasks
+    OUT/tables.md                    the first two and these two as one page (benchmarks/rows/ocean/tables.md)
     OUT/analysis-<router>            figures of the routing
     OUT/times.jsonl                  how long each stage took, and on what
 

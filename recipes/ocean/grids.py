@@ -23,6 +23,8 @@ SETTINGS = (
     "phatgoose-retrieval retrieval_scale=5.0", "phatgoose-retrieval retrieval_scale=10.0",
     "phatgoose-retrieval top_k=1", "phatgoose-retrieval top_k=4",
 )  # fmt: skip
+# Of the methods and settings, those with rows of all tasks; the others only have the tasks with choices.
+ALL_TASKS = ("base", *ROUTERS[:4], "merged", *SETTINGS[:8])
 # The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
 GATES = {
     "gates-10": {"steps": 10}, "gates-30": {"steps": 30}, "gates-300": {"steps": 300},
