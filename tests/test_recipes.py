@@ -150,6 +150,9 @@ def test_ocean(tmp_path: Path) -> None:
     assert not [name for name in ("top_k=", "temperature=", "_scale=", "gates-10") if name in comparison]
     for name in ("top_k=1", "temperature=2.0", "phatgoose-raw", "phatgoose (gates-10)", "phatgoose (joint)"):
         assert name in settings
+    tables = (out / "tables.md").read_text().splitlines()
+    assert "## All settings, tasks with choices, one seed" in tables
+    assert "### held-in: averages" in tables
     assert (out / "analysis-phatgoose" / "analysis.html").is_file()
 
     some = ["--stages", "tables", "--packed", str(out / "rows"), "--out", str(tmp_path / "some"), "--seeds", "1"]
@@ -166,3 +169,15 @@ def test_ocean(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     after = times(out)
     assert {path.name for path in before if before[path] != after[path]} == {"times.jsonl"}
+
+
+def test_published_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tables beside the published rows are those that the recipe makes of these rows, byte for byte."""
+    monkeypatch.syspath_prepend(RECIPES / "ocean")
+    tables = importlib.import_module("tables")
+    rows = RECIPES.parent / "benchmarks" / "rows" / "ocean"
+    results = tables.read(tables.archives_of(rows, (0, 1, 2)))
+    wanted = {name: table for name, table in tables.tables_of(results, rows, 0).items() if name in tables.SECTIONS}
+    assert wanted.keys() == tables.SECTIONS.keys()
+    compared = {name: tables.compared_of(name, table) for name, table in wanted.items()}
+    assert (rows / "tables.md").read_text(encoding="utf-8") == tables.joined(compared)
