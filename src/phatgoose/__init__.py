@@ -9,25 +9,12 @@ for Zero-Shot Generalization" (arXiv 2402.05859).
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
-def _read_version() -> str:
-    """Version of the installed package; without an installation, that of the checkout's pyproject.toml."""
-    try:
-        return metadata.version("phatgoose")
-    except metadata.PackageNotFoundError:
-        import tomllib
-
-        pyproject = Path(__file__).parents[2] / "pyproject.toml"
-        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])
-
-
-__version__ = _read_version()
-
 if TYPE_CHECKING:
+    __version__: str
     from phatgoose.errors import PhatgooseError as PhatgooseError
     from phatgoose.experts.expert import Expert as Expert
     from phatgoose.experts.pool import Pool as Pool
@@ -49,7 +36,22 @@ __all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:
-    # torch and transformers take seconds to import; `phatgoose --help` must not wait for them
+    # torch and transformers take seconds to import, the version some time; `phatgoose --help` must not wait for them
+    if name == "__version__":
+        return _version()
     if name not in _PUBLIC:
         raise AttributeError(f"module 'phatgoose' has no attribute {name!r}")
     return getattr(import_module(_PUBLIC[name]), name)
+
+
+def _version() -> str:
+    """Version of the installed package; without an installation, that of the checkout's pyproject.toml."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("phatgoose")
+    except metadata.PackageNotFoundError:
+        import tomllib
+
+        pyproject = Path(__file__).parents[2] / "pyproject.toml"
+        return str(tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]["version"])

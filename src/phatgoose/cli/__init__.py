@@ -15,7 +15,6 @@ from typing import NoReturn
 
 import typer
 
-from phatgoose import __version__
 from phatgoose.cli.analysis import analyse, record
 from phatgoose.cli.demo import demo
 from phatgoose.cli.evaluation import evaluate, lm_eval
@@ -61,6 +60,8 @@ app.command()(demo)
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from phatgoose import __version__
+
         typer.echo(__version__)
         raise typer.Exit
 
