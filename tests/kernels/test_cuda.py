@@ -272,12 +272,17 @@ def test_updates_by_ranges_of_columns(columns: int) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_ties_go_to_the_lower_id(kernel: str) -> None:
+    """Whole numbers, whose products are exact in any order: so equal prototypes have equal scores on any processor."""
     layer = make_layer(MIDDLE, torch.float32)
+    layer.x_NI.copy_(torch.randint(-8, 9, layer.x_NI.shape))
+    half_EI = torch.randint(-8, 9, (MIDDLE.experts, MIDDLE.inputs // 2)) / 64
+    layer.prototypes_EI.copy_(torch.cat([half_EI, -half_EI], dim=1))  # their sums are 0, and take nothing out
     layer.prototypes_EI[5] = layer.prototypes_EI[4]
     layer.prototypes_EI[20:] = layer.prototypes_EI[:13]  # e and e + 20 tie, and 4, 5, 24, 25
     _, choice = add(kernel, layer, ask(layer, 2))
-    rounded_NE = (true_scores(layer) * 2**20).round()
-    expected_NE = rounded_NE.sort(dim=1, descending=True, stable=True).indices
+    # rstd changes no order
+    exact_NE = layer.x_NI.double() @ layer.prototypes_EI.double().T
+    expected_NE = exact_NE.sort(dim=1, descending=True, stable=True).indices
     assert torch.equal(choice.expert_ids_NK, expected_NE[:, :2])
     assert (choice.weights_NK[:, 0] == choice.weights_NK[:, 1]).double().mean() > 0.3  # twins were chosen
     layer.x_NI.zero_()

@@ -129,6 +129,7 @@ def test_prototypes_add_up(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gate_sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 def test_fused_layer_is_the_layer() -> None:
     """One operator in place of router and mixing: same output, same record, also compiled as one graph."""
     plain, fused = make_linear("reference"), make_linear("triton")
@@ -144,6 +145,7 @@ def test_fused_layer_is_the_layer() -> None:
         torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["auto", "gather", "grouped", "dense", "triton"])
 def test_compiles_as_one_graph(backend: kernels.Backend) -> None:
     # torch 2.13 compiles grouped_mm in bf16 only
@@ -169,6 +171,7 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
     assert make_linear("auto").backend == "auto"
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [True, False])
 def test_base_layer_inside_the_operator(inside: bool) -> None:
     plain = make_linear("reference")
