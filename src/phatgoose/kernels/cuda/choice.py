@@ -27,20 +27,20 @@ def keys(scores, in_e):
     """Integers in the order of scores, with room below -inf for "taken" and "no expert". NaN is the largest."""
     scores = tl.where(scores == 0.0, 0.0, scores)  # -0 and 0 tie
     bits = scores.to(tl.int32, bitcast=True)
-    found = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    found = tl.where(scores != scores, 0x7FFFFFFF, found)
-    return tl.where(in_e, found, -0x80000000)
+    ordered = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ordered = tl.where(scores != scores, 0x7FFFFFFF, ordered)
+    return tl.where(in_e, ordered, -0x80000000)
 
 
 @triton.jit
 def score_of(key):
-    """What `keys` made a key of."""
+    """The score that `keys` made this key of."""
     return tl.where(key < 0, key ^ 0x7FFFFFFF, key).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def mean_and_rstd(total, square, in_features, eps):
-    """Of one token, from the sum and the sum of squares of x."""
+    """Mean and 1 / standard deviation of one token's x, from its sum and its sum of squares."""
     mean = total / in_features
     variance = tl.maximum(square / in_features - mean * mean, 0.0)
     return mean, 1.0 / tl.sqrt(variance + eps)
@@ -95,43 +95,43 @@ def keys_of_one(
 
 
 @triton.jit
-def choose(keys_E, num_experts, temperature, slot, E_PAD: tl.constexpr, TOP_K: tl.constexpr, WEIGHTS: tl.constexpr):
-    """(weights, experts) of one token, for each number in `slot`; those from TOP_K on get the last slot's.
+def choose(keys_E, num_experts, temperature, k, E_PAD: tl.constexpr, TOP_K: tl.constexpr, WEIGHTS: tl.constexpr):
+    """(weights, experts) of one token, for each number in `k`; those from TOP_K on get the last one's.
 
     The larger score wins, and of equal ones the lower expert id. NaN counts as the largest. A token whose scores are
     all -inf gets weights of 0. In scalars: an axis of one token would be carried through shared memory.
     Not WEIGHTS: scores in their place.
     """
     e = tl.arange(0, E_PAD)
-    weights = tl.zeros(slot.shape, tl.float32)
-    experts = tl.zeros(slot.shape, tl.int32)
+    weights = tl.zeros(k.shape, tl.float32)
+    experts = tl.zeros(k.shape, tl.int32)
     first, total = 0.0, 0.0
-    for slot_k in tl.static_range(TOP_K):
+    for j in tl.static_range(TOP_K):
         best = tl.max(keys_E, axis=0)
         expert = tl.minimum(tl.min(tl.where(keys_E == best, e, E_PAD), axis=0), num_experts - 1)
         keys_E = tl.where(e == expert, -0x80000000, keys_E)
         weight = score_of(best)
         if WEIGHTS:
             weight /= temperature
-            if slot_k == 0:
+            if j == 0:
                 first = tl.where(weight == float("-inf"), 0.0, weight)
             weight = tl.exp(weight - first)
             total += weight
-        weights = tl.where(slot >= slot_k, weight, weights)
-        experts = tl.where(slot >= slot_k, expert, experts)
+        weights = tl.where(k >= j, weight, weights)
+        experts = tl.where(k >= j, expert, experts)
     if WEIGHTS:
         weights /= tl.where(total == 0.0, 1.0, total)
     return weights, experts
 
 
 @triton.jit
-def weights_of_slots(scores_MK, slot_M, k):
-    """Of each row's slot, the weight among the scores of all, of which the first is the largest; as `choose` says."""
+def weights_of_pairs(scores_MK, k_M, k):
+    """The weight of pair (row, k_M), from the scores of all k, of which the first is the largest; like `choose`."""
     first_M = tl.sum(tl.where(k[None, :] == 0, scores_MK, 0.0), axis=1)
     first_M = tl.where(first_M == float("-inf"), 0.0, first_M)
     weights_MK = tl.exp(scores_MK - first_M[:, None])
     total_M = tl.sum(weights_MK, axis=1)
-    own_M = tl.sum(tl.where(k[None, :] == slot_M[:, None], weights_MK, 0.0), axis=1)
+    own_M = tl.sum(tl.where(k[None, :] == k_M[:, None], weights_MK, 0.0), axis=1)
     return own_M / tl.where(total_M == 0.0, 1.0, total_M)
 
 
@@ -183,13 +183,14 @@ def choose_many(
 ):
     """weights_GNK and expert_ids_GNK from parts of scores; the ids again as ids_GKN, of 4 bytes.
 
-    The scores of a layer and a token are stride_g and stride_n apart; see `scoring.keys_of_one` for the rest.
-    A row of ids_GKN has stride_k numbers, a multiple of 16; those beyond the last token mean nothing.
+    The scores of a layer and a token are stride_g and stride_n apart; see `keys_of_one` for the rest.
+    A row of ids_GKN has stride_k numbers, a multiple of 16; those past the last token are undefined.
 
-    Sums of x are read, or (SPLITS = 0) made here: x is then read once for all layers. LATE: what x is read by next
-    makes them. The sum alone is a product with ones, behind the scores of the first layer. Scores are chosen by before
-    rstd multiplies them, and written in place of weights; means_N2 says what is to be done: (the mean of x, 0). Only
-    where a finite bias is added does the order depend on rstd; there rstd multiplies here, and means_N2 is (mean, 1).
+    Sums of x are read, or (SPLITS = 0) made here: x is then read once for all layers. LATE: the next kernel that reads
+    x (`many.shrink_many`) makes the sums of squares, and so the weights. The sum alone is a product with ones, in the
+    column after the last expert of the first layer. Experts are then chosen before rstd multiplies their scores, and
+    the scores are written in place of weights; means_N2 is (the mean of x, 0). Only where a finite bias is added does
+    the order depend on rstd; there rstd multiplies here, and means_N2 is (mean, 1).
     """
     token = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, K_PAD)

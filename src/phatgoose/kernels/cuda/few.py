@@ -75,7 +75,7 @@ def shrink_few(
     ROUTE: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """h_GSNKR: weight * (A x) of one split of I. ROUTE: choose first and write the choice; else read it."""
+    """h_GSNKR: weight * (A x) of one split of I. ROUTE: choose experts first, and write the routing; else read it."""
     token = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
     g = tl.program_id(2).to(tl.int64)
@@ -85,9 +85,9 @@ def shrink_few(
     h_ptr += g * tl.num_programs(1) * num_tokens * TOP_K * rank
     # the rows of all chosen A, one below the other: one loop, and x is read once
     row = tl.arange(0, K_PAD * R_PAD)
-    slot = row // R_PAD
+    k = row // R_PAD
     r = row % R_PAD
-    in_row = (slot < TOP_K) & (r < rank)
+    in_row = (k < TOP_K) & (r < rank)
     follow(PDL)
     if ROUTE:
         total, square = read_sums(stats_ptr, token, num_tokens, SPLITS)
@@ -108,15 +108,15 @@ def shrink_few(
             E_PAD,
             HAS_BIAS,
         )
-        weight_KR, expert_KR = choose(keys_E, num_experts, temperature, slot, E_PAD, TOP_K, True)
+        weight_KR, expert_KR = choose(keys_E, num_experts, temperature, k, E_PAD, TOP_K, True)
         expert_KR = expert_KR.to(tl.int64)
         if split == 0:
-            at_KR = token * TOP_K + slot
+            at_KR = token * TOP_K + k
             tl.store(weights_ptr + at_KR, weight_KR, mask=in_row & (r == 0))
             tl.store(ids_ptr + at_KR, expert_KR, mask=in_row & (r == 0))
     else:
-        weight_KR = tl.load(weights_ptr + token * TOP_K + slot, mask=in_row, other=0.0).to(tl.float32)
-        expert_KR = tl.load(ids_ptr + token * TOP_K + slot, mask=in_row, other=0)
+        weight_KR = tl.load(weights_ptr + token * TOP_K + k, mask=in_row, other=0.0).to(tl.float32)
+        expert_KR = tl.load(ids_ptr + token * TOP_K + k, mask=in_row, other=0)
     a_row = (expert_KR * rank + r) * in_features
     acc_KRI = tl.zeros([K_PAD * R_PAD, BLOCK_I], tl.float32)
     for step in tl.range(0, STEPS):
@@ -126,7 +126,7 @@ def shrink_few(
         a_KRI = tl.load(a_ptr + a_row[:, None] + i[None, :], mask=in_row[:, None] & in_i[None, :], other=0.0)
         acc_KRI += a_KRI.to(tl.float32) * x_I[None, :]
     h_KR = tl.sum(acc_KRI, axis=1) * weight_KR
-    at_KR = ((split * num_tokens + token) * TOP_K + slot) * rank + r
+    at_KR = ((split * num_tokens + token) * TOP_K + k) * rank + r
     tl.store(h_ptr + at_KR, h_KR, mask=in_row)
 
 
@@ -155,7 +155,7 @@ def expand_few(
     BLOCK_O: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y_NO += sum over the K slots of B h. Layers have O of their own; programs beyond a smaller one find nothing."""
+    """y_NO += sum over k of B h. Each layer has its own O; programs past a narrower layer exit."""
     token = tl.program_id(0).to(tl.int64)
     g = tl.program_id(2).to(tl.int64)
     y_ptr = of_layer(g, y0_ptr, y1_ptr, y2_ptr, LAYERS)
@@ -172,12 +172,12 @@ def expand_few(
     follow(PDL)
     y_O = tl.load(y_ptr + token * stride_y + o, mask=in_o, other=0.0)
     update_O = tl.zeros([BLOCK_O], tl.float32)
-    for slot in tl.static_range(TOP_K):
-        expert = tl.load(ids_ptr + token * TOP_K + slot)
+    for k in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + token * TOP_K + k)
         b_row = (expert * rank + r) * out_features
         b_RO = tl.load(b_ptr + b_row[:, None] + o[None, :], mask=in_r[:, None] & in_o[None, :], other=0.0)
         # S x R, not R x S: else h would bring B into its own arrangement, through shared memory
-        at_S = ((s * num_tokens + token) * TOP_K + slot) * rank
+        at_S = ((s * num_tokens + token) * TOP_K + k) * rank
         h_R = tl.sum(tl.load(h_ptr + at_S[:, None] + r[None, :], mask=in_r[None, :], other=0.0), axis=0)
         update_O += tl.sum(h_R[:, None] * b_RO.to(tl.float32), axis=0)
     y_O = (y_O.to(tl.float32) + update_O).to(y_ptr.dtype.element_ty)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from phatgoose.kernels.cuda.choice import Unweighted, mean_and_rstd, route_many, weights_of_slots
+from phatgoose.kernels.cuda.choice import Unweighted, mean_and_rstd, route_many, weights_of_pairs
 from phatgoose.kernels.cuda.launch import follow, launch_options, of_layer, product, steps_of, three
 from phatgoose.kernels.cuda.settings import Many, power_of_two
 from phatgoose.kernels.cuda.sort import Sorted, narrow_ids, sort_pairs
@@ -57,7 +57,7 @@ def shrink_many(
 ):
     """h_GSMR: weight * (A x) of sorted pairs.
 
-    WEIGH: weights are written, not read. They come from scores_GNK and means_N2 (see `sorting.choose_many`) and from
+    WEIGH: weights are written, not read. They come from scores_GNK and means_N2 (see `choice.choose_many`) and from
     the sums of squares of x, all of which passes through here, in one split.
     """
     split = tl.program_id(1)
@@ -99,7 +99,7 @@ def shrink_many(
             in_mk = in_m[:, None] & (k < TOP_K)[None, :]
             scores_MK = tl.load(scores_ptr + n[:, None] * TOP_K + k[None, :], mask=in_mk, other=float("-inf"))
             scores_MK = scores_MK * tl.where(is_score_M, 1.0, rstd_M)[:, None] / temperature
-            weights_M = weights_of_slots(scores_MK, (pair_M % TOP_K).to(tl.int32), k)
+            weights_M = weights_of_pairs(scores_MK, (pair_M % TOP_K).to(tl.int32), k)
             tl.store(weights_ptr + pair_M, weights_M, mask=in_m)
         else:
             weights_M = tl.load(weights_ptr + pair_M, mask=in_m, other=0.0).to(tl.float32)
@@ -108,14 +108,14 @@ def shrink_many(
         tl.store(h_ptr + at_M[:, None] + r[None, :], h_MR, mask=in_m[:, None] & in_r[None, :])
 
 
-@triton.jit(do_not_specialize=["slot", "num_pairs", "num_tiles"])
+@triton.jit(do_not_specialize=["k", "num_pairs", "num_tiles"])
 def expand_many(
     y_ptr,
     h_ptr,
     b_ptr,
     pairs_ptr,
     tiles_ptr,
-    slot,
+    k,
     first_o,
     last_o,
     num_pairs,
@@ -132,12 +132,12 @@ def expand_many(
     UPCAST: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """y_NO += B h of the sorted pairs of one slot, for columns from first_o to last_o (a multiple of BLOCK_O, or O).
+    """y_NO += B h of the sorted pairs of one k, for columns from first_o to last_o (a multiple of BLOCK_O, or O).
 
-    WRITE: = instead, for every token has a pair of every slot.
+    WRITE: y_NO = B h, because every token has a pair of every k.
     """
     follow(PDL)
-    at = tiles_ptr + slot * 3 * num_tiles + tl.program_id(0)
+    at = tiles_ptr + k * 3 * num_tiles + tl.program_id(0)
     expert = tl.load(at)
     first = tl.load(at + num_tiles)
     end = tl.load(at + 2 * num_tiles)
@@ -281,14 +281,14 @@ def _expand(
     num_tokens, (_, rank, out_features) = y_NO.shape[0], b_ERO.shape
     top_k, _, num_tiles = sorted_pairs.expand_tiles_K3T.shape
     for first_o, last_o in _columns(num_tokens * y_NO.element_size(), out_features, settings):
-        for slot in range(top_k):
+        for k in range(top_k):
             expand_many[(num_tiles, triton.cdiv(last_o - first_o, settings.expand_block_o))](
                 y_NO,
                 h_SMR,
                 b_ERO,
                 sorted_pairs.pairs_M,
                 sorted_pairs.expand_tiles_K3T,
-                slot,
+                k,
                 first_o,
                 last_o,
                 h_SMR.shape[1],
@@ -301,7 +301,7 @@ def _expand(
                 R_PAD=max(16, power_of_two(rank)),
                 ROWS=settings.expand_rows,
                 BLOCK_O=settings.expand_block_o,
-                WRITE=write and slot == 0,
+                WRITE=write and k == 0,
                 UPCAST=not y_NO.is_cuda,
                 **launch_options(settings.pdl and y_NO.is_cuda, settings.expand_warps),
             )

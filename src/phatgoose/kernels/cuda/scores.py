@@ -64,7 +64,7 @@ def partial_scores(
     (tests/kernels/test_cuda_compile.py counts the buffers).
 
     A row of dots_GSNE has stride_e numbers, a multiple of 16, so that it is written and read 16 bytes at a time; those
-    beyond the last expert mean nothing.
+    past the last expert are undefined.
     """
     pid_n = tl.program_id(0)
     blocks_e = (tl.num_programs(1) - 1) // LAYERS
@@ -76,7 +76,7 @@ def partial_scores(
     n = (pid_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
     e = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     in_n = n < num_tokens
-    slot = split.to(tl.int64) * num_tokens + n
+    row_N = split.to(tl.int64) * num_tokens + n
     follow(PDL)
 
     if tl.program_id(1) == tl.num_programs(1) - 1:
@@ -88,8 +88,8 @@ def partial_scores(
             x_NI = tl.load(x_ptr + n[:, None] * stride_x + i[None, :], mask=mask_NI, other=0.0).to(tl.float32)
             sum_NI += x_NI
             square_NI += x_NI * x_NI
-        tl.store(stats_ptr + slot * 2, tl.sum(sum_NI, axis=1), mask=in_n)
-        tl.store(stats_ptr + slot * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
+        tl.store(stats_ptr + row_N * 2, tl.sum(sum_NI, axis=1), mask=in_n)
+        tl.store(stats_ptr + row_N * 2 + 1, tl.sum(square_NI, axis=1), mask=in_n)
         return
 
     if BLOCK_N == 1:
@@ -124,7 +124,7 @@ def partial_scores(
             dots_NV = product(x_NI, v_VI.T, dots_NV, UPCAST)
         dots_NE = tl.sum(dots_NV.reshape([BLOCK_N, HALVES, BLOCK_E]), axis=1)
 
-    at_N = slot + g.to(tl.int64) * tl.num_programs(2) * num_tokens
+    at_N = row_N + g.to(tl.int64) * tl.num_programs(2) * num_tokens
     tl.store(dots_ptr + at_N[:, None] * stride_e + e[None, :], dots_NE, mask=in_n[:, None] & (e < stride_e)[None, :])
 
 

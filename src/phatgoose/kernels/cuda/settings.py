@@ -1,11 +1,11 @@
-"""Block sizes, splits and warps of the Triton kernels, by shape; and from how many tokens on pairs are sorted.
+"""Block sizes, splits and warps of the Triton kernels, by shape.
 
 Tables, no autotuning: that would time kernels (and so wait for the device) inside a forward, and two processes
 could choose differently and give different bits. `benchmarks/routed_layer.py --sweep` measures alternatives.
 
 Whatever depends on the number of tokens goes in powers of two, so that few variants are compiled.
 
-Axes: N tokens, E experts, K slots, I in-features, O out-features.
+Axes: N tokens, E experts, K chosen experts, I in-features, O out-features.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from functools import lru_cache
 PROGRAMS = 132
 # products of scores (tokens x experts x features) from which on cuBLAS is faster
 LEAST_PRODUCTS_CUBLAS = 1 << 31
-# and where x is then read once more for its sums: numbers of x up to which that is cheap (two thirds of an H100's L2
-# cache), and experts (x layers) from which on it is always worth it
+# cuBLAS makes no sums of x: largest x (elements) worth a second read (two thirds of an H100's L2 cache), and experts
+# (x layers) from which on a second read is always worth it
 MOST_NUMBERS_REREAD, LEAST_EXPERTS_REREAD = 1 << 24, 512
-# few tokens: numbers of A, and of B, that a warp holds in registers; long ranks and many slots take smaller blocks
+# few tokens: elements of A, and of B, that a warp holds in registers; long ranks and large K take smaller blocks
 SHRINK_TILE, EXPAND_TILE = 2048, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Of `partial_scores`. block_n is 1 or a multiple of 16."""
+    """Settings of `scores.partial_scores`. block_n is 1 or a multiple of 16."""
 
     block_n: int
     block_e: int
@@ -38,7 +38,7 @@ class Scores:
 
 @dataclass(frozen=True, kw_only=True)
 class Few:
-    """Of the kernels for few tokens. `shrink_splits` is a power of two."""
+    """Settings of the kernels for few tokens. `shrink_splits` is a power of two."""
 
     scores: Scores
     shrink_splits: int
@@ -51,11 +51,12 @@ class Few:
 
 @dataclass(frozen=True, kw_only=True)
 class Many:
-    """Of the kernels for many tokens. `rows` are sorted pairs per tile, at least 16.
+    """Settings of the kernels for many tokens.
 
-    `expand_bytes` of y are updated for every slot before the next columns are: what one slot has written is then still
-    in the L2 cache when the next slot reads it. `pdl` is that of B's launches, which follow each other.
-    `cublas`: it multiplies prototypes in 16 bits, and does not make the sums of x.
+    `shrink_rows` and `expand_rows` are sorted pairs per tile, at least 16. `expand_bytes` of y are updated for every k
+    before the next columns are: what one k has written is then still in the L2 cache when the next one reads it. `pdl`
+    is for B's launches, which follow each other. `cublas`: it multiplies prototypes in 16 bits, and does not make the
+    sums of x.
     """
 
     scores: Scores
@@ -77,7 +78,7 @@ class Many:
     def weigh_late(self) -> bool:
         """Whether A makes the sums of x that cuBLAS does not, and so the weights; else x is read once more.
 
-        Its programs must see all of a token's x, and smaller tiles wait for their sums longer than reading takes.
+        A's programs must see all of a token's x, and smaller tiles wait for their sums longer than reading takes.
         """
         return self.cublas and self.shrink_splits == 1 and self.shrink_rows == 64
 
@@ -120,7 +121,7 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers
     splits = _splits(programs, in_features, 64, most=most)
     while 2 * splits <= min(most, in_features // 64) and in_features // splits > 8192:
         splits *= 2
-    found = Many(
+    chosen = Many(
         scores=Scores(block_n=128, block_e=64, block_i=64, splits=splits, warps=8),
         cublas=num_tokens * layers * num_experts * in_features >= LEAST_PRODUCTS_CUBLAS,
         # so many ids are in a program's registers, and are read once if they are all
@@ -137,10 +138,10 @@ def many(num_tokens: int, top_k: int, num_experts: int, in_features: int, layers
         expand_bytes=(16 if num_experts <= 256 else 8) << 20,
         pdl=pdl,
     )
-    rereads_x = found.cublas and not found.weigh_late and layers * num_experts < LEAST_EXPERTS_REREAD
+    rereads_x = chosen.cublas and not chosen.weigh_late and layers * num_experts < LEAST_EXPERTS_REREAD
     if rereads_x and num_tokens * in_features > MOST_NUMBERS_REREAD:
-        return replace(found, cublas=False)
-    return found
+        return replace(chosen, cublas=False)
+    return chosen
 
 
 def power_of_two(number: int) -> int:

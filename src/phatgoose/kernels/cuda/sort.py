@@ -31,11 +31,12 @@ from phatgoose.kernels.prototypes import padded
 
 @triton.jit
 def write_tiles(tiles_ptr, e, order, first, size, num_tiles, ROWS: tl.constexpr, BLOCK_T: tl.constexpr):
-    """Tiles of one group: rows of expert, first pair, and the pair where the group ends, in tiles_3T.
+    """Write the tiles of one group into tiles_3T: expert, first pair, and the pair where the group ends.
 
     Args:
-        order: where the group begins among all groups that share tiles_3T.
-        first: its first pair.
+        order: number of the group's first pair among all pairs that share tiles_3T.
+        first: place of the group's first pair in pairs_M.
+        size: pairs in the group.
     """
     begin = order // ROWS + e
     end = (order + size) // ROWS + e + 1
@@ -51,7 +52,7 @@ def write_tiles(tiles_ptr, e, order, first, size, num_tiles, ROWS: tl.constexpr,
 
 @triton.jit
 def load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K: tl.constexpr):
-    """ids_KN, beyond the last token none's; read 16 bytes at a time, for stride_k is a multiple of 16."""
+    """ids_KN, past the last token no expert's; read 16 bytes at a time, because stride_k is a multiple of 16."""
     in_row = (k < TOP_K)[:, None] & (n < stride_k)[None, :]
     ids_KN = tl.load(ids_KN_ptr + k[:, None] * stride_k + n[None, :], mask=in_row, other=0)
     return tl.where((k < TOP_K)[:, None] & (n < num_tokens)[None, :], ids_KN, 0x7FFFFFFF)
@@ -59,13 +60,13 @@ def load_ids(ids_KN_ptr, k, n, num_tokens, stride_k, TOP_K: tl.constexpr):
 
 @triton.jit
 def counts_of(ids_KN, e):
-    """How many are lower, and in the upper 32 bits how many are e: one sum for both, which waits for all threads."""
+    """Count of ids below e, and in the upper 32 bits of ids equal to e: one sum, so that threads wait only once."""
     return (ids_KN < e).to(tl.int64) + ((ids_KN == e).to(tl.int64) << 32)
 
 
 @triton.jit
 def write_pairs(pairs_ptr, ids_KN, e, k, n, next_K, TOP_K: tl.constexpr):
-    """Those of expert e from place next_K on; how many."""
+    """Write the pairs of expert e from place next_K on; returns how many there are for each k."""
     hits_KN = (ids_KN == e).to(tl.int32)
     place_KN = next_K[:, None] + tl.cumsum(hits_KN, axis=1) - 1
     tl.store(pairs_ptr + place_KN, n[None, :] * TOP_K + k[:, None], mask=hits_KN != 0)
@@ -91,9 +92,9 @@ def place_pairs(
     EXPAND_ROWS: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    """pairs_GM of one expert; its tiles of all pairs (G, 3, T) and of each slot's (G, K, 3, T).
+    """pairs_GM of one expert; its tiles of all pairs (G, 3, T) and of each k's (G, K, 3, T).
 
-    AT_ONCE: in one step, so that ids are read once.
+    AT_ONCE: all tokens in one step, so that ids are read once.
     """
     e = tl.program_id(0)
     g = tl.program_id(1).to(tl.int64)
@@ -130,11 +131,11 @@ def place_pairs(
             step += 1
 
     write_tiles(shrink_ptr, e, begin, begin, tl.sum(own_K, axis=0), shrink_tiles, SHRINK_ROWS, BLOCK_T)
-    for slot in tl.static_range(TOP_K):
-        lower = tl.sum(tl.where(k == slot, lower_K, 0), axis=0)
-        first = tl.sum(tl.where(k == slot, first_K, 0), axis=0)
-        own = tl.sum(tl.where(k == slot, own_K, 0), axis=0)
-        write_tiles(expand_ptr + slot * 3 * expand_tiles, e, lower, first, own, expand_tiles, EXPAND_ROWS, BLOCK_T)
+    for j in tl.static_range(TOP_K):
+        lower = tl.sum(tl.where(k == j, lower_K, 0), axis=0)
+        first = tl.sum(tl.where(k == j, first_K, 0), axis=0)
+        own = tl.sum(tl.where(k == j, own_K, 0), axis=0)
+        write_tiles(expand_ptr + j * 3 * expand_tiles, e, lower, first, own, expand_tiles, EXPAND_ROWS, BLOCK_T)
 
 
 class Sorted(NamedTuple):
@@ -162,7 +163,7 @@ def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, setting
     layers, top_k, stride_k = ids_GKN.shape
     shrink_tiles = _most_tiles(num_tokens * top_k, num_experts, settings.shrink_rows)
     expand_tiles = _most_tiles(num_tokens, num_experts, settings.expand_rows)
-    found = Sorted(
+    placed = Sorted(
         ids_GKN.new_empty(layers, num_tokens * top_k),
         ids_GKN.new_empty(layers, 3, shrink_tiles),
         ids_GKN.new_empty(layers, top_k, 3, expand_tiles),
@@ -171,7 +172,7 @@ def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, setting
     steps = triton.cdiv(num_tokens, block_n)
     place_pairs[(num_experts, layers)](
         ids_GKN,
-        *found,
+        *placed,
         num_tokens,
         stride_k,
         steps,
@@ -186,7 +187,7 @@ def sort_pairs(ids_GKN: torch.Tensor, num_tokens: int, num_experts: int, setting
         AT_ONCE=steps == 1,
         num_warps=settings.place_warps,
     )
-    return found
+    return placed
 
 
 def _most_tiles(pairs: int, num_experts: int, rows: int) -> int:
