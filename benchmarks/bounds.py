@@ -84,7 +84,7 @@ def experts_work(model: nn.Module, call: Call) -> Work:
 
 def _add_site(work: Work, layer: RoutedLinear, ids_BSK: torch.Tensor) -> None:
     assert isinstance(layer.router, Phatgoose)
-    gates = layer.halves_HPI[:, : len(layer.a_ERI)] if layer.fused else layer.router.prototypes_EI
+    gates = layer.gates_HPI[:, : len(layer.a_ERI)] if layer.fused else layer.router.prototypes_EI
     chosen = len(ids_BSK.unique())
     tokens, pairs = ids_BSK.shape[0] * ids_BSK.shape[1], ids_BSK.numel()
     work.sites += 1

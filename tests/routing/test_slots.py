@@ -92,7 +92,7 @@ def test_what_the_operators_read(dtype: torch.dtype, tmp_path: Path) -> None:
     model = routed(llama().to(dtype), pool.subset(["e0", "e1", "e2"]), backend="triton", capacity=3)
     before = places(model)
     model.remove_expert("e1")
-    assert all(linear.halves_HPI[:, 1].eq(0).all() for linear in model.routed_linears().values())
+    assert all(linear.gates_HPI[:, 1].eq(0).all() for linear in model.routed_linears().values())
     model.add_expert(pool.expert("e3"))
     assert places(model) == before
     fresh = tensors(routed(llama().to(dtype), pool.subset(["e0", "e3", "e2"]), backend="triton", capacity=3))

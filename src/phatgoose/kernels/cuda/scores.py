@@ -132,7 +132,7 @@ def score(
     x_NI: torch.Tensor, layers: Sequence[Layer], settings: Scores, *, pdl: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(dots_GSNE, with rows of `rows_for` numbers, and stats_SN2), fp32, for up to three layers."""
-    (num_tokens, in_features), (num_halves, stride_e, _) = x_NI.shape, layers[0].gates_HPI.shape
+    (num_tokens, in_features), (num_summed, stride_e, _) = x_NI.shape, layers[0].gates_HPI.shape
     num_experts = len(layers[0].gate_sums_E)
     dots_GSNE = x_NI.new_empty(len(layers), settings.splits, num_tokens, stride_e, dtype=torch.float32)
     stats_SN2 = x_NI.new_empty(settings.splits, num_tokens, 2, dtype=torch.float32)
@@ -156,7 +156,7 @@ def score(
         BLOCK_E=settings.block_e,
         BLOCK_I=settings.block_i,
         STEPS=steps_of(in_features, settings.block_i, settings.splits),
-        HAS_LO=num_halves == 2,
+        HAS_LO=num_summed == 2,
         UPCAST=not x_NI.is_cuda,
         **launch_options(pdl and x_NI.is_cuda, settings.warps, settings.stages),
     )
@@ -185,13 +185,13 @@ def score_many(x_NI: torch.Tensor, layers: Sequence[Layer], settings: Many) -> S
 
     fp32 always goes through Triton's kernel, because cuBLAS may be told to round it to TF32.
     """
-    num_tokens, num_halves, row = len(x_NI), *layers[0].gates_HPI.shape[:2]
+    num_tokens, num_summed, row = len(x_NI), *layers[0].gates_HPI.shape[:2]
     if x_NI.dtype == torch.float32 or not settings.cublas:
         dots_GSNP, stats_SN2 = score(x_NI, layers, settings.scores, pdl=False)
         splits = settings.scores.splits
         return Scored(dots_GSNP, stats_SN2, (row, row, num_tokens * row, splits * num_tokens * row), splits)
     dots_NV = _product(x_NI, rows_of([layer.gates_HPI for layer in layers]))
-    return Scored(dots_NV, None, (row, dots_NV.shape[1], row, num_halves * row), num_halves)
+    return Scored(dots_NV, None, (row, dots_NV.shape[1], row, num_summed * row), num_halves)
 
 
 def _product(x_NI: torch.Tensor, rows_VI: torch.Tensor) -> torch.Tensor:
