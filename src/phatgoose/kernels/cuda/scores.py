@@ -191,7 +191,7 @@ def score_many(x_NI: torch.Tensor, layers: Sequence[Layer], settings: Many) -> S
         splits = settings.scores.splits
         return Scored(dots_GSNP, stats_SN2, (row, row, num_tokens * row, splits * num_tokens * row), splits)
     dots_NV = _product(x_NI, rows_of([layer.gates_HPI for layer in layers]))
-    return Scored(dots_NV, None, (row, dots_NV.shape[1], row, num_summed * row), num_halves)
+    return Scored(dots_NV, None, (row, dots_NV.shape[1], row, num_summed * row), num_summed)
 
 
 def _product(x_NI: torch.Tensor, rows_VI: torch.Tensor) -> torch.Tensor:
