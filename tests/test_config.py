@@ -12,7 +12,7 @@ import pytest
 
 import phatgoose
 from helpers.checks import fails
-from phatgoose.config import AdapterTrainingConfig, GateConfig, RouterConfig, TextConfig
+from phatgoose.config import AdapterTrainingConfig, GateConfig, PrototypeConfig, RouterConfig, TextConfig
 from phatgoose.errors import ConfigError
 
 
@@ -40,6 +40,9 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
     (RouterConfig, {"temperature": NAN}),
     (TextConfig, {"max_input_tokens": 0}),
     (TextConfig, {"max_target_tokens": -1}),
+    (PrototypeConfig, {"num_examples": 0}),
+    (PrototypeConfig, {"batch_size": 0}),
+    (PrototypeConfig, {"seed": -1}),
     (GateConfig, {"steps": 0}),
     (GateConfig, {"batch_size": 0}),
     (GateConfig, {"accumulation": 0}),
