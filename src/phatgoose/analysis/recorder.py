@@ -216,7 +216,7 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
             # outside the prompts, a router's own first pass would be recorded
             with model.prompts([prompts[i] for i in numbers]), model.recording(usages):
                 model(**inputs, use_cache=False, **options)
-        usable_M = _usable(list(linears.values()))
+        usable_M = _usable(list(linears.values()), model.mask_BE(1)[0])
     means_MV = _means(list(usages.values()), len(rows))
     return TaskRouting(
         suite=task.suite,
@@ -244,8 +244,8 @@ def _without_logits(model: RoutedModel) -> dict[str, Any]:
     return {} if routed or "logits_to_keep" not in signature(wrapped.forward).parameters else {"logits_to_keep": 1}
 
 
-def _usable(linears: Sequence[RoutedLinear]) -> Array:
-    masks = [linear.router.absent_E + (0.0 if linear.mask_1E is None else linear.mask_1E[0]) for linear in linears]
+def _usable(linears: Sequence[RoutedLinear], mask_E: torch.Tensor) -> Array:
+    masks = [linear.router.absent_E + mask_E.to(linear.router.absent_E.device) for linear in linears]
     return _read_back(masks, lambda masks_ME: (masks_ME > -torch.inf).sum(dim=1))
 
 

@@ -43,16 +43,33 @@ NEEDS: dict[Need, tuple[str, str]] = {
 
 
 def router_class(name: str) -> type[Router]:
-    """The router called `name`. Raises RouterError if there is none."""
-    if name not in ROUTERS:
-        raise RouterError(f"unknown router {name!r}", expected=", ".join(sorted(ROUTERS)))
-    module, _, attribute = ROUTERS[name].partition(":")
-    found: type[Router] = getattr(import_module(module), attribute)
-    return found
+    """The router called `name` in `ROUTERS`, or "module:class" of one's own.
+
+    Raises:
+        RouterError: there is none.
+    """
+    module, _, attribute = ROUTERS.get(name, name).partition(":")
+    try:
+        router = getattr(import_module(module), attribute) if attribute else None
+    except (ImportError, AttributeError) as error:
+        raise _unknown(name, str(error)) from error
+    if not (isinstance(router, type) and issubclass(router, Router)):
+        raise _unknown(name, None if router is None else f"{router!r}, which is not a phatgoose.Router")
+    return router
 
 
-def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
+def _unknown(name: str, reason: str | None) -> RouterError:
+    expected = f"{', '.join(sorted(ROUTERS))}; or MODULE:CLASS of a router of your own"
+    return RouterError(f"unknown router {name!r}", found=reason, expected=expected)
+
+
+def check_pool(pool: Pool, config: RouterConfig, router_type: type[Router] | None = None) -> type[Router]:
     """Check, before anything is loaded, that a router can route among a pool's experts.
+
+    Args:
+        pool: the experts.
+        config: names the router and its options.
+        router_type: the router's class, if it has no name in `ROUTERS`.
 
     Returns:
         The router's class.
@@ -62,9 +79,9 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
             top_k larger than the pool, or an unknown or superfluous `expert`.
         PoolError: the pool is empty.
     """
-    found = router_class(config.router)
+    router_type = router_type or router_class(config.router)
     experts = pool.experts()
-    if config.top_k > len(experts) and not found.fixed_top_k:
+    if config.top_k > len(experts) and not router_type.fixed_top_k:
         raise RouterError(
             f"top_k {config.top_k} is larger than pool {pool.folder}",
             found=f"{len(experts)} experts: {', '.join(pool.names)}",
@@ -78,13 +95,13 @@ def check_pool(pool: Pool, config: RouterConfig) -> type[Router]:
             expected="router single with one of the pool's experts, or another router without --expert",
             fix=f"--router single --expert {pool.names[0]}",
         )
-    check_needs(pool, config, experts)
-    return found
+    check_needs(pool, config, experts, router_type)
+    return router_type
 
 
-def check_needs(pool: Pool, config: RouterConfig, experts: Sequence[Expert]) -> None:
+def check_needs(pool: Pool, config: RouterConfig, experts: Sequence[Expert], router_type: type[Router]) -> None:
     """Check that these experts of a pool bring along what the router needs. Raises RouterError."""
-    for need in sorted(router_class(config.router).needs - {"adapter"}):
+    for need in sorted(router_type.needs - {"adapter"}):
         lacking = [expert for expert in experts if not expert.brings(need)]
         if lacking:
             noun, command = NEEDS[need]

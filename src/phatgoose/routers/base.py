@@ -1,13 +1,13 @@
-"""What every router is.
+"""What every router is: a rule at one site, and, for some, a reader of whole prompts.
 
-Axes: N tokens, E experts, K chosen experts, I in-features.
+Axes: N tokens, B prompts, S positions, E experts, K chosen experts, I in-features, O out-features, R rank.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import nn
@@ -15,13 +15,49 @@ from torch import nn
 from phatgoose.config import RouterConfig
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.stack import SiteStack
-
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
-from phatgoose.kernels.types import Routing
+from phatgoose.kernels import Backend, Routing, mix_loras
+from phatgoose.routers.record import RoutingRecord, ScoresRecord
 
 Need = Literal["adapter", "gate", "activations", "embeddings"]
-Mixing = Literal["outputs", "parameters"]
+
+
+class PromptReader(Protocol):
+    """What a router that reads prompts may ask of the model that is about to answer them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs lie."""
+
+    @property
+    def num_experts(self) -> int:
+        """E: places for experts, empty ones included."""
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the prompts are read by an encoder."""
+
+    def texts(self, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
+        """Texts of prompts, from their token ids."""
+
+    def mask_BE(self, num_prompts: int) -> torch.Tensor:
+        """-inf for the experts that are masked for each of B prompts, 0 for the others; fp32 on the CPU."""
+
+    def first_pass(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        records: Mapping[str, RoutingRecord | ScoresRecord],
+        bias_BE: torch.Tensor | None = None,
+    ) -> None:
+        """Read the prompts once, as one batch padded on the right, and report the routing.
+
+        Args:
+            prompt_ids: token ids of B prompts, without padding.
+            records: by site.
+            bias_BE: added to the scores of each prompt's tokens; None for nothing.
+        """
+
+    def site_names(self) -> list[str]:
+        """Names of the routed sites, in the order of the model."""
 
 
 class PromptRouter(ABC):
@@ -29,47 +65,43 @@ class PromptRouter(ABC):
 
     @abstractmethod
     def bias(
-        self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]
+        self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]
     ) -> torch.Tensor | Mapping[str, torch.Tensor]:
         """What each prompt adds to the scores of all its tokens.
 
         Args:
-            model: that is about to read the prompts; knows their texts and which experts are masked.
+            model: knows the prompts' texts and which experts are masked, and can read the prompts.
             prompt_ids: token ids of B prompts, without padding.
 
         Returns:
-            bias_BE, fp32; -inf forbids an expert. The same at every site, or by site.
+            bias_BE, fp32; -inf forbids an expert. One for all sites, or one for each site by name.
         """
 
     def put(self, slot: int, expert: Expert | None) -> None:  # noqa: B027  (most know nothing of single experts)
-        """Take another expert, or none, in the place of the one in a slot."""
+        """Replace the expert in a slot with another one, or with none."""
 
 
 class Router(nn.Module, ABC):
     """The routing rule at one site: scores, then a softmax over the best `top_k`.
 
-    Whatever it knows of experts lies in buffers whose first axis is theirs (E, or
-    E times something), so that `put` can write the rows of one.
+    A router is one file in this folder with a subclass of this class, and one line in
+    `ROUTERS`. Whatever it knows of experts lies in buffers whose first axis is theirs
+    (E, or a multiple of E), so that `put` can write the rows of one.
 
     Args:
         stack: the experts' weights at this site.
-        config: top_k, eps, temperature and what single routers take.
+        config: top_k, eps, temperature and the options of single routers.
 
     Class attributes:
         needs: what every expert must bring along.
-        mixing: how the chosen experts act on a token. "outputs": the weighted
-            sum of their updates. "parameters": the update of the weighted sums
-            of their A and B (with cross terms between experts).
-        fixed_top_k: whether the rule itself says how many experts a token
-            gets, so that top_k does not count.
+        fixed_top_k: whether the rule itself says how many experts a token gets, so that top_k does not count.
         reads_prompts: whether `for_prompts` makes something.
-        standardises: whether `scores` are `prototypes_EI` times the activations
-            standardised with `eps`, and `choose` and `weights` those of this class:
-            what `phatgoose.kernels.route_and_add_` computes.
+        standardises: whether `scores` are `prototypes_EI` times the activations standardised
+            with `eps`, and `choose`, `weights` and `mix` are those of this class: then kernels
+            compute all of it (`phatgoose.kernels.route_and_add_`).
     """
 
     needs: ClassVar[frozenset[Need]] = frozenset({"adapter"})
-    mixing: ClassVar[Mixing] = "outputs"
     fixed_top_k: ClassVar[bool] = False
     reads_prompts: ClassVar[bool] = False
     standardises: ClassVar[bool] = False
@@ -86,11 +118,11 @@ class Router(nn.Module, ABC):
 
     @classmethod
     def for_prompts(cls, experts: Sequence[Expert | None], config: RouterConfig) -> PromptRouter | None:
-        """What reads whole prompts for all sites, if this rule does; None for token-level rules.
+        """The reader of whole prompts for all sites; None for a rule that sees tokens alone.
 
         Args:
             experts: by expert id; None for an empty slot.
-            config: see the class.
+            config: the same as the router's own.
         """
         return None
 
@@ -99,8 +131,8 @@ class Router(nn.Module, ABC):
         """Write another expert in the place of the one in a slot; no tensor moves.
 
         Args:
-            slot: its expert id.
-            one: the same rule for a stack of that expert alone, with as large a rank, or of an empty slot.
+            slot: the expert's id.
+            one: the same rule for a stack of that expert alone, padded to the same rank, or of an empty slot.
         """
         for name, buffer in self.named_buffers():
             buffer.unflatten(0, (len(self.absent_E), -1))[slot].copy_(one.get_buffer(name))
@@ -122,7 +154,7 @@ class Router(nn.Module, ABC):
         """Choose experts for each token.
 
         Args:
-            x_NI: see `scores`.
+            x_NI: activations that enter the site, any float dtype.
             bias_NE: added to the scores; what the tokens' prompts say.
             mask_NE: -inf for the experts that a token may not have, 0 for the
                 others; shape (1, E) if it is the same for all.
@@ -136,7 +168,7 @@ class Router(nn.Module, ABC):
     def final_scores(
         self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None, mask_NE: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """What `choose` chooses from: `scores` with all that is added to them.
+        """The scores that `choose` chooses from: `scores` and all that is added to them.
 
         Args:
             x_NI, bias_NE, mask_NE: see `forward`.
@@ -152,11 +184,11 @@ class Router(nn.Module, ABC):
         return scores_NE
 
     def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
-        """Scores (-inf: not to be chosen) to routing: softmax over the best `top_k`.
+        """Turn scores (-inf: not to be chosen) into a routing: softmax over the best `top_k`.
 
         Args:
-            scores_NE: of all experts.
-            mask_NE: what of them is there because of a mask; see `forward`.
+            scores_NE: final scores of all experts.
+            mask_NE: the mask that is already part of them; see `forward`.
         """
         top_NK, expert_ids_NK = torch.topk(scores_NE, self.top_k, dim=-1)
         weights_NK = self.weights(top_NK / self.temperature)
@@ -167,3 +199,19 @@ class Router(nn.Module, ABC):
     def weights(self, scores_NK: torch.Tensor) -> torch.Tensor:
         """Softmax of the chosen scores. A row without any usable expert gets weights of 0, or NaN."""
         return torch.softmax(scores_NK, dim=-1)
+
+    def mix(
+        self, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing, backend: Backend
+    ) -> torch.Tensor:
+        """The update of each token under its routing: the weighted sum of its experts' updates.
+
+        Args:
+            x_NI: activations, in the dtype of a_ERI.
+            a_ERI, b_ERO: the experts' factors, LoRA's scale folded into b.
+            routing: what `choose` chose.
+            backend: how to compute it (`phatgoose.kernels.mix_loras`).
+
+        Returns:
+            y_NO, to be added to the base layer's output.
+        """
+        return mix_loras(x_NI, a_ERI, b_ERO, routing, backend=backend)

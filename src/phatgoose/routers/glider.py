@@ -13,7 +13,6 @@ top-k is the same as the softmax over the top-k here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional as F
@@ -21,11 +20,8 @@ from torch.nn import functional as F
 from phatgoose.config import RouterConfig
 from phatgoose.experts.embeddings import SentenceEncoder, load_embeddings
 from phatgoose.experts.expert import Expert
-from phatgoose.routers.base import PromptRouter
+from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
-
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
 
 
 class Glider(Phatgoose):
@@ -52,7 +48,7 @@ class Similarity(PromptRouter):
         """See `PromptRouter.put`."""
         self.experts[slot] = self._mean(expert)
 
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
         nowhere_D = prompts_BD.new_zeros(prompts_BD.shape[1])

@@ -16,6 +16,7 @@ import torch
 
 from phatgoose.config import RouterConfig
 from phatgoose.experts.stack import SiteStack
+from phatgoose.kernels import Backend
 from phatgoose.kernels.types import Routing
 from phatgoose.routers.uniform import Uniform
 
@@ -40,4 +41,18 @@ class Merged(Uniform):
 class MergedParameters(Merged):
     """The average of the parameters."""
 
-    mixing = "parameters"
+    def mix(
+        self, x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing, backend: Backend
+    ) -> torch.Tensor:
+        """See `Router.mix`: the update under the weighted sums of the factors, with cross terms between experts.
+
+            y[n] = (sum over k of w[n, k] B[ids[n, k]]) (sum over k of w[n, k] A[ids[n, k]]) x[n]
+
+        Computes every expert for every token; extra memory is N * E * R numbers.
+        """
+        num_experts, rank, _ = a_ERI.shape
+        h_NER = (x_NI @ a_ERI.reshape(num_experts * rank, -1).T).view(-1, num_experts, rank)
+        weights_NE = routing.weights_NK.new_zeros(len(x_NI), num_experts)
+        weights_NE1 = weights_NE.scatter_add(1, *routing[::-1]).to(h_NER.dtype).unsqueeze(2)
+        h_N1R = (h_NER * weights_NE1).sum(dim=1, keepdim=True)
+        return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)

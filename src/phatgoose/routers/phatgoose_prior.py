@@ -18,7 +18,6 @@ the prior of the one before, as further steps of expectation maximisation do.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -26,11 +25,8 @@ from phatgoose.config import RouterConfig
 from phatgoose.data.encoder import pad
 from phatgoose.experts.expert import Expert
 from phatgoose.kernels.types import Routing
-from phatgoose.routers.base import PromptRouter
+from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
-
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
 
 # of a share; an expert that no token chose loses prior_strength * 6.9
 FLOOR = 1e-3
@@ -59,31 +55,18 @@ class UsagePrior(PromptRouter):
         self.strength = strength
         self.steps = steps
 
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
-        bias_BE = torch.zeros(len(prompt_ids), len(model.slots), device=model.device)
+        bias_BE = torch.zeros(len(prompt_ids), model.num_experts, device=model.device)
         for _ in range(self.steps):
             bias_BE = self.strength * torch.log(self._shares(model, prompt_ids, bias_BE) + FLOOR)
         return bias_BE
 
-    @torch.no_grad()
-    def _shares(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]], bias_BE: torch.Tensor) -> torch.Tensor:
-        """shares_BE: of all routing weights of each prompt, in a pass with this bias."""
+    def _shares(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]], bias_BE: torch.Tensor) -> torch.Tensor:
+        """shares_BE: each expert's part of all routing weights of a prompt, in a pass with this bias."""
         mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(model.device)
-        usage = Usage(mask_BS, len(model.slots))
-        linears = list(model.routed_linears().values())
-        before = [(linear.record, linear.prompt_bias_BE) for linear in linears]
-        # a mask hides padding from attention, and causal models never look right, so its id does not matter
-        inputs = {"input_ids": pad(prompt_ids, 0).to(model.device), "attention_mask": mask_BS}
-        try:
-            for linear in linears:
-                linear.record = usage
-                linear.prompt_bias_BE = bias_BE.to(linear.a_ERI.device)
-            reader = model.get_encoder() if model.config.is_encoder_decoder else model.model.base_model
-            reader(**inputs, use_cache=False)
-        finally:
-            for linear, (record, own_BE) in zip(linears, before, strict=True):
-                linear.record, linear.prompt_bias_BE = record, own_BE
+        usage = Usage(mask_BS, model.num_experts)
+        model.first_pass(prompt_ids, dict.fromkeys(model.site_names(), usage), bias_BE)
         return usage.sums_BE / usage.sums_BE.sum(dim=1, keepdim=True).clamp(min=FLOOR)
 
 

@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from phatgoose.config import RouterConfig
 from phatgoose.experts.expert import Expert
-from phatgoose.routers.base import PromptRouter
+from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.retrieval import ExampleReader
-
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
 
 
 class PhatgooseRetrieval(Phatgoose):
@@ -48,7 +44,7 @@ class ExampleDensity(ExampleReader):
         super().__init__(experts)
         self.scale = scale
 
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
         return self.by_expert(model, prompt_ids, self._log_density, 0.0)
 

@@ -10,7 +10,6 @@ prompt's scores. For decoder-only models: a decoder's sites see no token of the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,16 +19,13 @@ from phatgoose.errors import RouterError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.stack import SiteStack
 from phatgoose.kernels.types import Routing
-from phatgoose.routers.base import PromptRouter, Router
+from phatgoose.routers.base import PromptReader, PromptRouter, Router
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routers.record import ScoresRecord
 
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
-
 
 class PhatgooseSequence(Router):
-    """Has no scores of its own; `MeanScores` gives each prompt's."""
+    """The mean scores of a token's prompt; while the prompt is read, the token's own."""
 
     needs = frozenset({"adapter", "gate"})
     reads_prompts = True
@@ -44,47 +40,44 @@ class PhatgooseSequence(Router):
         return MeanScores()
 
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
-        """All equal."""
+        """All equal: the prompt's mean is the bias."""
         return torch.zeros(len(x_NI), len(self.absent_E), device=x_NI.device)
+
+    def final_scores(
+        self, x_NI: torch.Tensor, bias_NE: torch.Tensor | None = None, mask_NE: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See `Router.final_scores`; without a bias (the first pass) each token's own scores."""
+        if bias_NE is None:
+            return self.token_router.final_scores(x_NI, None, mask_NE)
+        return super().final_scores(x_NI, bias_NE, mask_NE)
 
 
 class MeanScores(PromptRouter):
     """Each prompt's mean scores at each site."""
 
-    @torch.no_grad()
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+    def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """See `PromptRouter.bias`.
 
         Raises:
             RouterError: the model is an encoder-decoder, or a site lies outside its blocks.
         """
-        if model.config.is_encoder_decoder:
+        if model.is_encoder_decoder:
             raise RouterError(
                 "router 'phatgoose-sequence' is for decoder-only models",
-                found=type(model.model).__name__,
+                found="an encoder-decoder model",
                 fix="--router phatgoose",
             )
-        mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(model.device)
-        inputs = {"input_ids": pad(prompt_ids, 0).to(model.device), "attention_mask": mask_BS}
-        linears = model.routed_linears()
-        before = {site: (linear.router, linear.record, linear.prompt_bias_BE) for site, linear in linears.items()}
-        means = {site: SiteMean(mask_BS) for site in linears}
-        try:
-            for site, linear in linears.items():
-                assert isinstance(linear.router, PhatgooseSequence)
-                linear.router, linear.record, linear.prompt_bias_BE = linear.router.token_router, means[site], None
-            model.model.base_model(**inputs, use_cache=False)
-        finally:
-            for site, linear in linears.items():
-                linear.router, linear.record, linear.prompt_bias_BE = before[site]
-        found = {site: mean.scores_BE for site, mean in means.items() if mean.scores_BE is not None}
-        if len(found) < len(means):
+        mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0)
+        means = {site: SiteMean(mask_BS) for site in model.site_names()}
+        model.first_pass(prompt_ids, means)
+        scores = {site: mean.scores_BE for site, mean in means.items() if mean.scores_BE is not None}
+        if len(scores) < len(means):
             raise RouterError(
                 "router 'phatgoose-sequence' needs sites that read each token of a prompt once",
-                found=next(site for site in means if site not in found),
+                found=next(site for site in means if site not in scores),
                 fix="--router phatgoose",
             )
-        return found
+        return scores
 
 
 class SiteMean(ScoresRecord):

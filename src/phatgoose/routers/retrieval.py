@@ -11,7 +11,6 @@ input alone is embedded, on both sides.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,11 +18,8 @@ from phatgoose.config import RouterConfig
 from phatgoose.experts.embeddings import SentenceEncoder, load_embeddings
 from phatgoose.experts.expert import Expert
 from phatgoose.kernels.types import Routing
-from phatgoose.routers.base import PromptRouter
+from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.uniform import Uniform
-
-if TYPE_CHECKING:
-    from phatgoose.routing.model import RoutedModel
 
 
 class Retrieval(Uniform):
@@ -56,7 +52,7 @@ class ExampleReader(PromptRouter):
 
     def by_expert(
         self,
-        model: RoutedModel,
+        model: PromptReader,
         prompt_ids: Sequence[Sequence[int]],
         summarise: Callable[[torch.Tensor], torch.Tensor],
         empty: float,
@@ -76,7 +72,7 @@ class ExampleReader(PromptRouter):
 class NearestExample(ExampleReader):
     """Forbids every expert but the owner of the nearest example."""
 
-    def bias(self, model: RoutedModel, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
+    def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`: 0 for the owner, -inf for the others."""
         nearest_BE = self.by_expert(model, prompt_ids, lambda cosines_BM: cosines_BM.amax(dim=1), -torch.inf)
         owners_B1 = (nearest_BE + model.mask_BE(len(prompt_ids))).argmax(dim=1, keepdim=True)

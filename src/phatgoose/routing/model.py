@@ -6,39 +6,48 @@ Axes: B prompts, S positions, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from phatgoose.config import RouterConfig
-from phatgoose.errors import BaseModelError, ConfigError, RouterError
-from phatgoose.experts.adapter import LoraShape
+from phatgoose.config import Dtype, RouterConfig
+from phatgoose.data.encoder import pad
+from phatgoose.errors import ConfigError, RouterError
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
-from phatgoose.experts.sites import check_sites
-from phatgoose.experts.stack import stack_sites, stack_slot
 from phatgoose.kernels import BACKENDS, DEFAULT_OPTIONS, Backend, KernelOptions
-from phatgoose.models.base import base_id, load_base, load_tokenizer
-from phatgoose.routers import check_needs, check_pool, router_class
-from phatgoose.routers.base import PromptRouter
+from phatgoose.models.base import Quantization, base_id, load_tokenizer
+from phatgoose.routers import check_needs, check_pool
+from phatgoose.routers.base import PromptRouter, Router
 from phatgoose.routers.record import RoutingRecord, ScoresRecord
-from phatgoose.routing.fused import share_inputs
+from phatgoose.routing.layers import experts_to_route, load_for_pool, put_expert, replace_layers, routed_linears
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.slots import Slots
+from phatgoose.routing.state import CallState, RoutingState
 from phatgoose.routing.trace import Trace
 
 
 class RoutedModel(nn.Module):
     """A Hugging Face model with routed experts; call it, and `generate`, as the model itself.
 
-    Everything that this class does not define (`generate`, `generate_batch`,
-    `config`, `device`, ...) is the wrapped model's. `model.model` is the wrapped
-    PreTrainedModel, for code that insists on one.
+    Everything that this class does not define (`generate_batch`, `config`, `device`, ...)
+    is the wrapped model's. `model.model` is the wrapped PreTrainedModel, for code that
+    insists on one. Calls from several threads at once do not see each other's masks,
+    prompts and traces.
 
     Build it with `from_pool`.
+
+    Attributes:
+        model: the wrapped model.
+        pool: the experts that it routes among.
+        slots: which expert lies in which place of the stacks.
+        router_config: the router and its options.
+        state: what the layers know of the calls that are running.
     """
 
     def __init__(
@@ -46,91 +55,78 @@ class RoutedModel(nn.Module):
         model: PreTrainedModel,
         pool: Pool,
         config: RouterConfig,
+        router_type: type[Router],
+        slots: Slots,
+        state: RoutingState,
         prompt_router: PromptRouter | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        slots: Slots | None = None,
     ) -> None:
         super().__init__()
         self.model = model
         self.pool = pool
-        self.slots = slots or Slots(pool.names)
+        self.slots = slots
         self.router_config = config
+        self.router_type = router_type
+        self.state = state
         self.prompt_router = prompt_router
         self._tokenizer = tokenizer
-        self._masked: frozenset[str] = frozenset()
-        self._prompt_masked: Sequence[Sequence[str]] = ()
-        self._tracing = False
 
     @classmethod
     def from_pool(
         cls,
-        base: PreTrainedModel | str,
-        pool: Pool,
+        base: PreTrainedModel | str | None,
+        pool: Pool | str | Path,
         *,
-        router: str = RouterConfig.router,
+        router: str | type[Router] = RouterConfig.router,
         top_k: int = RouterConfig.top_k,
-        backend: Backend = "auto",
+        dtype: Dtype | None = None,
+        device: str | None = None,
+        quantization: Quantization | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        backend: Backend = "auto",
         capacity: int | None = None,
         kernel_options: KernelOptions = DEFAULT_OPTIONS,
         **options: Any,
     ) -> RoutedModel:
-        """Route `base` among the experts of `pool`.
+        """Route a base model among the experts of a pool.
 
-        The linear layers of `base` that experts adapt are replaced in place; its
-        weights are shared, not copied. `unwrap` puts them back.
+        The linear layers that experts adapt are replaced in place; the base's weights
+        are shared, not copied. `unwrap` puts the layers back. What can be checked
+        without the base's weights is checked before they are loaded.
 
         Args:
-            base: a loaded model, or what `phatgoose.models.base.load_base` takes.
-            pool: the experts.
-            router: a name in `phatgoose.routers.ROUTERS`.
+            base: a loaded model, its name for `phatgoose.load_base`, or None for the base that the pool names.
+            pool: the experts, or the folder of a pool.
+            router: a name in `phatgoose.routers.ROUTERS`, or a class of your own (`phatgoose.Router`).
             top_k: experts per token and site.
-            backend: see `phatgoose.kernels`.
-            tokenizer: for routers that read prompts; the base's own if None.
-            capacity: slots for experts, so that `add_expert` and `remove_expert` can be called; memory is
+            dtype, device, quantization: where and how to load the base; see `phatgoose.load_base`.
+            tokenizer: the base's, for routers that read prompts; loaded when it is needed if None.
+            backend: how updates are computed; see `phatgoose.kernels`.
+            capacity: places for experts, so that `add_expert` and `remove_expert` can be called; memory is
                 taken for all of them. None for as many as the pool has, which then stay.
             kernel_options: switches of the Triton kernels.
             options: the other fields of `RouterConfig` (`eps`, `temperature`, ...).
 
         Raises:
-            ConfigError: an option that does not exist or cannot be used.
-            BaseModelError: `base` is another model than the pool's.
+            ConfigError: an option does not exist or cannot be used.
+            BaseModelError: `base` is not the pool's base, or cannot be loaded.
             RouterError: the router cannot route among these experts.
             PoolError, AdapterError, GateError: the pool is empty or damaged.
         """
-        config = RouterConfig.of(router=router, top_k=top_k, **options)
+        pool = pool if isinstance(pool, Pool) else Pool.open(pool)
+        name = router if isinstance(router, str) else f"{router.__module__}:{router.__qualname__}"
+        config = RouterConfig.of(router=name, top_k=top_k, **options)
         if backend not in BACKENDS:
             raise ConfigError(f"unknown backend {backend!r}", expected=", ".join(BACKENDS))
-        router_type = check_pool(pool, config)
-        if config.expert is not None:
-            pool = pool.subset([config.expert])
-            if capacity is not None:
-                raise ConfigError(
-                    f"router {config.router!r} has no use for a capacity",
-                    found=f"capacity {capacity}",
-                    expected="one expert for every token",
-                    fix="leave capacity out",
-                )
+        router_type = check_pool(pool, config, None if isinstance(router, str) else router)
+        pool = experts_to_route(pool, config, capacity)
         slots = Slots(pool.names, capacity)
-        model = load_base(base, pool.base.revision) if isinstance(base, str) else base
-        _check_base(model, pool)
-        experts = pool.experts()
-        check_sites(model, experts)
-        stacks = stack_sites(
-            experts,
-            dtype=model.dtype,
-            with_gates="gate" in router_type.needs,
-            with_activations="activations" in router_type.needs,
-            capacity=capacity,
-        )
-        for site, stack in stacks.items():
-            rule = router_type(stack, config)
-            routed = RoutedLinear(model.get_submodule(site), stack, rule, backend, kernel_options)
-            model.set_submodule(site, routed.to_base())
-        if kernel_options.share_input:
-            share_inputs((site, linear) for site, linear in model.named_modules() if isinstance(linear, RoutedLinear))
+        model = load_for_pool(base, pool, dtype=dtype, device=device, quantization=quantization)
+        state, experts = RoutingState(), pool.experts()
+        replace_layers(model, experts, router_type, config, backend=backend, capacity=capacity, state=state)
         by_slot = [*experts, *[None] * (len(slots) - len(experts))]
-        return cls(model, pool, config, router_type.for_prompts(by_slot, config), tokenizer, slots)
+        prompt_router = router_type.for_prompts(by_slot, config)
+        return cls(model, pool, config, router_type, slots, state, prompt_router, tokenizer)
 
     def add_expert(self, expert: Expert) -> None:
         """Put an expert into an empty slot. No tensor moves, so captured and compiled graphs stay valid.
@@ -147,7 +143,7 @@ class RoutedModel(nn.Module):
         """
         self.slots.check_open()
         pool = self.pool.with_expert(expert)
-        check_needs(pool, self.router_config, [expert])
+        check_needs(pool, self.router_config, [expert], self.router_type)
         self._put(self.slots.empty(), expert, pool)
 
     def remove_expert(self, name: str) -> None:
@@ -171,46 +167,30 @@ class RoutedModel(nn.Module):
 
     def _put(self, slot: int, expert: Expert | None, pool: Pool) -> None:
         """Write an expert, or nothing, into a slot of every site. All is read before anything is written."""
-        if self._tracing or self._masked or self._prompt_masked or self._prompts_are_known():
-            raise RuntimeError("experts cannot change inside trace(), recording(), without() or prompts()")
-        linears, router_type = self.routed_linears(), router_class(self.router_config.router)
-        shapes = {
-            site: LoraShape(linear.a_ERI.shape[1], linear.a_ERI.shape[2], linear.b_ERO.shape[2])
-            for site, linear in linears.items()
-        }
-        stacks = stack_slot(
-            expert,
-            shapes,
-            dtype=next(iter(linears.values())).a_ERI.dtype,
-            with_gates="gate" in router_type.needs,
-            with_activations="activations" in router_type.needs,
-        )
-        rules = {site: router_type(stack, self.router_config) for site, stack in stacks.items()}
-        if self.prompt_router is not None:
-            self.prompt_router.put(slot, expert)
-        for site, linear in linears.items():
-            linear.put(slot, stacks[site], rules[site])
+        if self.state.is_active():
+            raise RuntimeError("experts cannot change inside trace(), recording(), without(), prompts() or a call")
+        put_expert(self.routed_linears(), slot, expert, self.router_type, self.router_config, self.prompt_router)
         self.slots.names[slot] = "" if expert is None else expert.name
         self.pool = pool
 
     def unwrap(self) -> PreTrainedModel:
         """Put the base model's own layers back and return it."""
-        for site, module in list(self.routed_linears().items()):
+        for site, module in self.routed_linears().items():
             self.model.set_submodule(site, module.base)
         return self.model
 
     def routed_linears(self) -> dict[str, RoutedLinear]:
         """Site -> its routed layer, in the order of the model."""
-        return {name: module for name, module in self.model.named_modules() if isinstance(module, RoutedLinear)}
+        return routed_linears(self.model)
 
     @contextmanager
     def trace(self) -> Iterator[Trace]:
-        """Record the routing of every call inside the `with` block.
+        """Record the routing of every call that this thread makes inside the `with` block.
 
         Raises:
             RuntimeError: another trace is being recorded.
         """
-        trace = Trace(self.slots.names, list(self.routed_linears()))
+        trace = Trace(self.slots.names, self.site_names())
         with self.recording(trace.records):
             yield trace
 
@@ -219,23 +199,16 @@ class RoutedModel(nn.Module):
         """Report every call of a site inside the `with` block to its record.
 
         Args:
-            records: by site, one for each.
+            records: one record for each site, by name.
 
         Raises:
             RuntimeError: the routing is being recorded already.
         """
-        if self._tracing:
+        call = self.state.current()
+        if call.records is not None:
             raise RuntimeError("traces do not nest")
-        linears = self.routed_linears()
-        self._tracing = True
-        try:
-            for site, linear in linears.items():
-                linear.record = records[site]
+        with self.state.during(replace(call, records=records)):
             yield
-        finally:
-            self._tracing = False
-            for linear in linears.values():
-                linear.record = None
 
     @contextmanager
     def without(self, names: Sequence[str]) -> Iterator[None]:
@@ -245,12 +218,11 @@ class RoutedModel(nn.Module):
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        before = self._masked
-        self._mask(before | self._known(names))
-        try:
+        call = self.state.current()
+        masked = call.masked | self._known(names)
+        mask_1E = self._mask_row(masked).to(self.device) if masked else None
+        with self.state.during(replace(call, masked=masked, mask_1E=mask_1E)):
             yield
-        finally:
-            self._mask(before)
 
     @contextmanager
     def prompts(self, prompt_ids: Sequence[Sequence[int]], without: Sequence[Sequence[str]] = ()) -> Iterator[None]:
@@ -264,34 +236,22 @@ class RoutedModel(nn.Module):
             prompt_ids: token ids of B prompts, without padding. A call has a
                 multiple of B rows: beams of one prompt lie beside each other.
             without: for each prompt, the names of experts that are masked out of
-                the pool for it alone, beside those of `without(...)`; nothing for none.
+                the pool for it alone, beside those of `without(...)`; empty if no prompt has any.
 
         Raises:
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        if self.prompt_router is None and not any(without):
-            yield
-            return
-        linears = self.routed_linears()
-        before = [(linear.prompt_bias_BE, linear.prompt_mask_BE) for linear in linears.values()]
-        masked = self._prompt_masked
-        try:
-            if any(without):
-                self._prompt_masked = without
-                mask_BE = self.mask_BE(len(prompt_ids))
-                for linear in linears.values():
-                    linear.prompt_mask_BE = mask_BE.to(linear.a_ERI.device)
-            if self.prompt_router is not None:
+        call = self.state.current()
+        if any(without):
+            call = replace(call, prompt_masked=without)
+            call = replace(call, prompt_mask_BE=self._masks_BE(call, len(prompt_ids)).to(self.device))
+        if self.prompt_router is not None:
+            with self.state.during(call):
                 bias = self.prompt_router.bias(self, prompt_ids)
-                for site, linear in linears.items():
-                    of_site_BE = bias if isinstance(bias, torch.Tensor) else bias[site]
-                    linear.prompt_bias_BE = of_site_BE.to(linear.a_ERI.device)
+            call = replace(call, prompt_bias=_on_device(bias, self.device))
+        with self.state.during(call):
             yield
-        finally:
-            self._prompt_masked = masked
-            for linear, (bias_BE, masks_BE) in zip(linears.values(), before, strict=True):
-                linear.prompt_bias_BE, linear.prompt_mask_BE = bias_BE, masks_BE
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The wrapped model's forward."""
@@ -304,41 +264,73 @@ class RoutedModel(nn.Module):
             generate: Any = self.model.generate
             return generate(inputs, **kwargs)
 
-    def _own_prompts(self, input_ids_BS: torch.Tensor | None, mask_BS: torch.Tensor | None) -> Any:
+    def _own_prompts(
+        self, input_ids_BS: torch.Tensor | None, mask_BS: torch.Tensor | None
+    ) -> AbstractContextManager[None]:
         """`prompts` of a call's own input, unless somebody has said what they are."""
-        if self.prompt_router is None or input_ids_BS is None or self._prompts_are_known():
-            return nullcontext()
+        call = self.state.current()
+        if self.prompt_router is None or input_ids_BS is None or call.prompt_bias is not None:
+            return self.state.during(call)  # this thread's own, whatever others enter meanwhile
         if mask_BS is None:
             mask_BS = torch.ones_like(input_ids_BS)
         return self.prompts(
             [ids_S[keep_S.bool()].tolist() for ids_S, keep_S in zip(input_ids_BS, mask_BS, strict=True)]
         )
 
-    def _prompts_are_known(self) -> bool:
-        return any(linear.prompt_bias_BE is not None for linear in self.routed_linears().values())
+    @property
+    def num_experts(self) -> int:
+        """E: places for experts, empty ones included."""
+        return len(self.slots)
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether the wrapped model is an encoder-decoder."""
+        return bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The base's tokenizer; loaded at the first use if none was given."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(base_id(self.model).name, self.pool.base.revision)
+        return self._tokenizer
+
+    def site_names(self) -> list[str]:
+        """Names of the routed sites, in the order of the model."""
+        return list(self.routed_linears())
 
     def texts(self, prompt_ids: Sequence[Sequence[int]]) -> list[str]:
-        """Texts of prompts, for routers that read them. Loads the base's tokenizer if none was given."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.pool.base.name, self.pool.base.revision)
-        return [str(self._tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in prompt_ids]
+        """Texts of prompts, for routers that read them."""
+        return [str(self.tokenizer.decode(list(ids), skip_special_tokens=True)).strip() for ids in prompt_ids]
+
+    @torch.no_grad()
+    def first_pass(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        records: Mapping[str, RoutingRecord | ScoresRecord],
+        bias_BE: torch.Tensor | None = None,
+    ) -> None:
+        """See `PromptReader.first_pass`. Masks count; an encoder-decoder reads with its encoder alone."""
+        # a mask hides padding from attention, and causal models never look right, so its id does not matter
+        input_ids_BS = pad(prompt_ids, 0).to(self.device)
+        mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(self.device)
+        reader = self.model.get_encoder() if self.is_encoder_decoder else self.model.base_model
+        with self.state.during(replace(self.state.current(), records=records, prompt_bias=bias_BE, first_pass=True)):
+            reader(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False)
 
     def mask_BE(self, num_prompts: int) -> torch.Tensor:
         """-inf for the experts that are masked for each of B prompts, 0 for the others; fp32 on the CPU.
 
         Raises:
-            PoolError, RouterError: see `prompts`.
+            PoolError: no expert of that name.
+            RouterError: no expert is left.
         """
-        rows = [self._known(names) for names in self._prompt_masked] or [frozenset()] * num_prompts
+        return self._masks_BE(self.state.current(), num_prompts)
+
+    def _masks_BE(self, call: CallState, num_prompts: int) -> torch.Tensor:
+        rows = [self._known(names) for names in call.prompt_masked] or [frozenset()] * num_prompts
         if len(rows) != num_prompts:
             raise ValueError(f"{num_prompts} prompts, but experts to mask for {len(rows)}")
-        return torch.cat([self._mask_row(self._masked | row) for row in rows])
-
-    def _mask(self, names: frozenset[str]) -> None:
-        mask_1E = self._mask_row(names)
-        self._masked = names
-        for linear in self.routed_linears().values():
-            linear.mask_1E = mask_1E.to(linear.a_ERI.device) if names else None
+        return torch.cat([self._mask_row(call.masked | row) for row in rows])
 
     def _known(self, names: Sequence[str]) -> frozenset[str]:
         return frozenset(self.pool.entry(name).name for name in names)
@@ -359,14 +351,9 @@ class RoutedModel(nn.Module):
             return getattr(self.model, name)
 
 
-def _check_base(model: PreTrainedModel, pool: Pool) -> None:
-    found = base_id(model)
-    if not pool.base.matches(found):
-        raise BaseModelError(
-            f"pool {pool.folder} is for another base model",
-            found=str(found),
-            expected=str(pool.base),
-            fix=f"load {pool.base}",
-        )
-    if any(isinstance(module, RoutedLinear) for module in model.modules()):
-        raise BaseModelError("this model is routed already", fix="call unwrap() on the old RoutedModel first")
+def _on_device(
+    bias: torch.Tensor | Mapping[str, torch.Tensor], device: torch.device
+) -> torch.Tensor | Mapping[str, torch.Tensor]:
+    if isinstance(bias, torch.Tensor):
+        return bias.to(device)
+    return {site: bias_BE.to(device) for site, bias_BE in bias.items()}
