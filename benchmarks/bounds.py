@@ -16,6 +16,7 @@ from torch import nn
 
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.state import CallState
 from phatgoose.routing.trace import SiteRecord
 
 Call = Callable[[], Any]
@@ -66,17 +67,12 @@ def base_work(model: nn.Module, call: Call) -> Work:
 def experts_work(model: nn.Module, call: Call) -> Work:
     """What the experts add to it; runs a call of the routed model once."""
     layers = [module for module in model.modules() if isinstance(module, RoutedLinear)]
-    records = [SiteRecord() for _ in layers]
-    for layer, record in zip(layers, records, strict=True):
-        layer.record = record
-    try:
+    records = {layer.site: SiteRecord() for layer in layers}
+    with layers[0].state.during(CallState(records=records)):
         call()
-    finally:
-        for layer in layers:
-            layer.record = None
     work = Work()
-    for layer, record in zip(layers, records, strict=True):
-        routing = record.routing()
+    for layer in layers:
+        routing = records[layer.site].routing()
         if routing is not None:
             _add_site(work, layer, routing.expert_ids_BSK)
     return work
@@ -84,7 +80,7 @@ def experts_work(model: nn.Module, call: Call) -> Work:
 
 def _add_site(work: Work, layer: RoutedLinear, ids_BSK: torch.Tensor) -> None:
     assert isinstance(layer.router, Phatgoose)
-    gates = layer.gates_HPI[:, : len(layer.a_ERI)] if layer.fused else layer.router.prototypes_EI
+    gates = layer.gates_HPI[:, : len(layer.a_ERI)] if layer.group is not None else layer.router.prototypes_EI
     chosen = len(ids_BSK.unique())
     tokens, pairs = ids_BSK.shape[0] * ids_BSK.shape[1], ids_BSK.numel()
     work.sites += 1

@@ -52,8 +52,9 @@ from phatgoose.kernels import BACKENDS, DEFAULT_OPTIONS, KernelOptions
 from phatgoose.models.base import DTYPES
 from phatgoose.models.wrapped import WrappedLinear
 from phatgoose.routers.phatgoose import Phatgoose
-from phatgoose.routing.fused import share_inputs
+from phatgoose.routing.fused import group_layers
 from phatgoose.routing.linear import RoutedLinear
+from phatgoose.routing.state import RoutingState
 
 Call = Callable[[], torch.Tensor]
 WHAT = ("decode", "prefill", "generate")
@@ -233,6 +234,7 @@ def routed_randomly(model: Any, experts: int, options: KernelOptions, args: argp
     routed = deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     head = routed.get_output_embeddings()
     dtype = DTYPES[args.dtype]
+    state = RoutingState()
     for site, linear in list(routed.named_modules()):
         if isinstance(linear, nn.Linear) and linear is not head:
             width, height = linear.in_features, linear.out_features
@@ -244,9 +246,11 @@ def routed_randomly(model: Any, experts: int, options: KernelOptions, args: argp
                     present_E=torch.ones(experts, dtype=torch.bool),
                 )
                 router = Phatgoose(stack, RouterConfig(top_k=args.top_k)).to(args.device)
-            routed.set_submodule(site, RoutedLinear(linear, stack, router, args.backend, options))
+            routed.set_submodule(
+                site, RoutedLinear(linear, stack, router, args.backend, options, site=site, state=state)
+            )
     if options.share_input:
-        share_inputs((site, linear) for site, linear in routed.named_modules() if isinstance(linear, RoutedLinear))
+        group_layers(module for module in routed.modules() if isinstance(module, RoutedLinear))
     return routed
 
 

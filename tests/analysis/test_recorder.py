@@ -20,6 +20,7 @@ from phatgoose.data.encoder import Encoder
 from phatgoose.errors import BaseModelError
 from phatgoose.evaluation.suites.held_in import HeldInTask, held_in_tasks
 from phatgoose.routing.model import RoutedModel
+from phatgoose.routing.state import IDLE
 
 TOKEN_LEVEL = ("phatgoose", "average-activation", "arrow", "arrow-peft", "spectr", "lag", "uniform", "merged")
 PROMPT_LEVEL = ("retrieval", "glider", "phatgoose-prior")
@@ -56,7 +57,7 @@ def slowly(model: RoutedModel, encoder: Encoder, task: HeldInTask) -> dict[str, 
 
         def catch(module: Any, args: Any, caught: Any = caught, biases: Any = biases) -> None:
             site = next(name for name, linear in linears.items() if linear is module)
-            caught[site], biases[site] = args[0].detach()[0], module.prompt_bias_BE
+            caught[site], biases[site] = args[0].detach()[0], model.state.current().bias_BE(site)
 
         hooks = [linear.register_forward_pre_hook(catch) for linear in linears.values()]
         with torch.no_grad(), model.prompts([prompt]), model.trace() as trace:
@@ -66,7 +67,9 @@ def slowly(model: RoutedModel, encoder: Encoder, task: HeldInTask) -> dict[str, 
         found: dict[str, list[Any]] = {"weights": [], "all": [], "chosen": []}
         for site, linear in linears.items():
             x_SI = caught[site]
-            scores_SE = linear.router.final_scores(x_SI, None, linear.mask_1E)  # of Lag, the two rules together
+            scores_SE = linear.router.final_scores(
+                x_SI, None, model.state.current().mask_1E
+            )  # of Lag, the two rules together
             if type(linear.router).__name__ != "Lag":
                 scores_SE = linear.router.scores(x_SI) + linear.router.absent_E + model.mask_BE(1)
             if biases[site] is not None:
@@ -124,7 +127,7 @@ def test_leave_one_out(router: str, tmp_path: Path) -> None:
     assert found.weights_ME[:, 1].tolist() == [0] * 14
     assert found.usable_M.tolist() == [3] * 14
     np.testing.assert_allclose(found.weights_ME.sum(axis=1), 1, atol=1e-6)
-    assert all(linear.record is None and linear.mask_1E is None for linear in model.routed_linears().values())
+    assert model.state.current() is IDLE
 
 
 def test_the_size_of_batches_changes_nothing(tmp_path: Path) -> None:
@@ -182,6 +185,6 @@ def test_activations_that_are_not_the_tokens(tmp_path: Path) -> None:
     site, linear = next(iter(model.routed_linears().items()))
     tokens = TokenWeights()
     tokens.set({"text": torch.ones(2, 3)})
-    linear.record = SiteUsage(site, "text", linear, tokens, 1.0)
-    linear(torch.randn(6, 32))
-    fails(BaseModelError, site, "5 activations", "6, padding included", action=lambda: linear(torch.randn(5, 32)))
+    with model.recording({site: SiteUsage(site, "text", linear, tokens, 1.0)}):
+        linear(torch.randn(6, 32))
+        fails(BaseModelError, site, "5 activations", "6, padding included", action=lambda: linear(torch.randn(5, 32)))

@@ -21,6 +21,7 @@ from phatgoose.routers.base import Router
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
+from phatgoose.routing.state import CallState
 
 TOKENS, EXPERTS, RANK, INPUTS, OUTPUTS = 9, 5, 8, 24, 20
 RULE = Rule(2, 1e-5, 1.0)
@@ -133,16 +134,19 @@ def test_prototypes_add_up(dtype: torch.dtype) -> None:
 def test_fused_layer_is_the_layer() -> None:
     """One operator in place of router and mixing: same output, same record, also compiled as one graph."""
     plain, fused = make_linear("reference"), make_linear("triton")
-    assert fused.fused and not plain.fused
+    assert fused.group is not None and plain.group is None
     x = torch.randn(2, 3, INPUTS)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         for layer in (fused, compiled):
             torch.testing.assert_close(layer(x), plain(x))
         for mask_1E in (torch.tensor([[0.0, -torch.inf, 0.0, 0.0, 0.0]]), torch.full((1, EXPERTS), -torch.inf)):
-            plain.mask_1E = fused.mask_1E = mask_1E
-            torch.testing.assert_close(fused(x), plain(x))
-        torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
+            call = CallState(mask_1E=mask_1E)
+            with plain.state.during(call), fused.state.during(call):
+                torch.testing.assert_close(fused(x), plain(x))
+                torch.testing.assert_close(compiled(x), plain(x))
+        with fused.state.during(call):
+            torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -165,7 +169,7 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
     assert not kernels.runs_triton(torch.device("cpu"), torch.bfloat16)
     assert make_linear("auto").backend == "auto"  # on a CPU
     monkeypatch.setattr(RoutedLinear, "_base_device", lambda self: gpu)
-    assert make_linear("auto").fused and make_linear("auto", torch.bfloat16).backend == "triton"
+    assert make_linear("auto").group is not None and make_linear("auto", torch.bfloat16).backend == "triton"
     assert make_linear("grouped").backend == "grouped"
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
     assert make_linear("auto").backend == "auto"
@@ -176,7 +180,7 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
 def test_base_layer_inside_the_operator(inside: bool) -> None:
     plain = make_linear("reference")
     beside = make_linear("triton", options=KernelOptions(overlap_base=inside, base_last=inside))
-    assert beside.beside == inside
+    assert beside.group is not None and beside.group.owns_bases == inside
     x = torch.randn(2, 3, INPUTS)
     compiled = torch.compile(beside, fullgraph=True, backend="aot_eager")
     with torch.no_grad():

@@ -20,6 +20,7 @@ from phatgoose.errors import ConfigError, RouterError
 from phatgoose.experts.embeddings import ENCODER, SentenceEncoder, save_embeddings
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.provenance import EmbeddingsProvenance
+from phatgoose.routing.state import IDLE
 
 SITE = "model.layers.1.mlp.down_proj"
 
@@ -63,7 +64,7 @@ def test_generation_keeps_the_prompts_bias(router: str, beams: int, tmp_path: Pa
         alone = model.generate(input_ids=row[None], attention_mask=torch.ones(1, 4).long(), **options)[0]
         length = min(len(found), len(alone))
         assert torch.equal(found[:length], alone[:length])
-    assert all(linear.prompt_bias_BE is None for linear in model.routed_linears().values())
+    assert model.state.current() is IDLE
 
 
 def test_glider_adds_scaled_similarity(tmp_path: Path) -> None:
@@ -80,7 +81,7 @@ def test_glider_adds_scaled_similarity(tmp_path: Path) -> None:
     x_BSI = torch.randn(2, 5, 44)
     with model.prompts(IDS[:2].tolist()):
         linear = model.routed_linears()[SITE]
-        routing = linear.router(x_BSI.flatten(0, 1), linear.prompt_bias_BE.repeat_interleave(5, 0))
+        routing = linear.router(x_BSI.flatten(0, 1), model.state.current().bias_BE(SITE).repeat_interleave(5, 0))
     scores_BSE = plain.scores(x_BSI.flatten(0, 1)).view(2, 5, 2) + 7 * cosine_BE[:, None]
     expected = scores_BSE.softmax(-1).flatten(0, 1)
     found = torch.zeros(10, 2).scatter(1, routing.expert_ids_NK, routing.weights_NK)
@@ -98,7 +99,7 @@ def test_retrieval_prior_is_the_log_density_of_the_examples(tmp_path: Path) -> N
     model = routed(llama(), pool, router="phatgoose-retrieval", retrieval_scale=5.0)
     prompts_BD = SentenceEncoder().embed(["<10> <11> <12> <13>", "<50> <51> <52> <54>"])
     with model.prompts(IDS[:2].tolist()):
-        bias_BE = model.routed_linears()[SITE].prompt_bias_BE
+        bias_BE = model.state.current().bias_BE(SITE)
     for b, prompt_D in enumerate(prompts_BD):
         for e, expert in enumerate(pool.experts()):
             examples_MD = load_file(expert.folder / "embeddings.safetensors")["embeddings"]
@@ -123,8 +124,8 @@ def test_prior_is_the_log_share_of_a_first_pass(kind: str, tmp_path: Path) -> No
         share_E = torch.stack([trace.weights(site)[0] for site in trace.sites]).mean(dim=(0, 1))
         expected.append(1.5 * torch.log(share_E + 1e-3))
     with model.prompts(prompts):
-        for linear in model.routed_linears().values():
-            assert_close(linear.prompt_bias_BE, torch.stack(expected))
+        for site in model.routed_linears():
+            assert_close(model.state.current().bias_BE(site), torch.stack(expected))
 
 
 def test_a_second_step_routes_with_the_prior_of_the_first(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_a_second_step_routes_with_the_prior_of_the_first(tmp_path: Path) -> Non
     share_E = torch.stack([trace.weights(site)[0] for site in trace.sites]).mean(dim=(0, 1))
     two = routed(llama(), pool, router="phatgoose-prior", prior_steps=2)
     with two.prompts(prompts):
-        assert_close(two.routed_linears()[SITE].prompt_bias_BE, 2 * torch.log(share_E + 1e-3).unsqueeze(0))
+        assert_close(two.state.current().bias_BE(SITE), 2 * torch.log(share_E + 1e-3).unsqueeze(0))
     fails(ConfigError, "prior_steps", action=lambda: routed(llama(), pool, router="phatgoose-prior", prior_steps=0))
 
 
@@ -146,7 +147,7 @@ def test_prior_is_added_to_the_gates_scores(tmp_path: Path) -> None:
     x_BSI = torch.randn(2, 5, 44)
     with model.prompts(IDS[:2].tolist()), model.trace() as trace:
         linear = model.routed_linears()[SITE]
-        bias_BE = linear.prompt_bias_BE
+        bias_BE = model.state.current().bias_BE(SITE)
         linear(x_BSI)
     scores_BSE = plain.scores(x_BSI.flatten(0, 1)).view(2, 5, 4) + bias_BE[:, None]
     top_BSK, ids_BSK = scores_BSE.topk(2)
@@ -168,7 +169,7 @@ def test_the_first_pass_is_not_traced(tmp_path: Path) -> None:
     with model.trace() as trace:
         logits(model, input_ids=IDS)
     assert {tuple(trace.routing(site).expert_ids_BSK.shape) for site in trace.sites} == {(3, 4, 2)}
-    assert all(linear.record is None for linear in model.routed_linears().values())
+    assert model.state.current() is IDLE
 
 
 def test_prompts_that_were_not_said_are_an_error(tmp_path: Path) -> None:

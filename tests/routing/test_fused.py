@@ -16,9 +16,10 @@ from phatgoose import kernels
 from phatgoose.kernels import KernelOptions, Layer, Rule
 from phatgoose.kernels.operators import pack
 from phatgoose.kernels.prototypes import split
-from phatgoose.routing.fused import SharedInput, share_inputs
+from phatgoose.routing.fused import FusedGroup, group_layers
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
+from phatgoose.routing.state import CallState
 
 TOKENS, EXPERTS, RANK, INPUTS = 5, 7, 8, 24
 
@@ -28,33 +29,33 @@ def models(factory: Any, folder: Path, **options: Any) -> tuple[RoutedModel, Rou
     pool = make_pool(factory, folder)
     options = {"kernel_options": KernelOptions(share_input=False), **options}
     shared, alone = (RoutedModel.from_pool(factory(), pool, backend="triton", **options) for _ in range(2))
-    share_inputs(shared.routed_linears().items())
+    group_layers(shared.routed_linears().values())
     return shared, alone
 
 
 def groups(model: RoutedModel) -> dict[str, list[str]]:
-    found: dict[SharedInput, list[str]] = {}
+    found: dict[FusedGroup, list[str]] = {}
     for site, linear in model.routed_linears().items():
-        if linear.shared is not None:
-            found.setdefault(linear.shared[0], []).append(site)
+        if linear.group is not None and len(linear.group.linears) > 1:
+            found.setdefault(linear.group, []).append(site)
     return {sites[0].rpartition(".")[0]: [site.rpartition(".")[2] for site in sites] for sites in found.values()}
 
 
 def held(model: RoutedModel) -> bool:
-    return any(linear.shared is not None and linear.shared[0]._held for linear in model.routed_linears().values())
+    return any(linear.group is not None and linear.group._held for linear in model.routed_linears().values())
 
 
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of layers at each shared computation."""
+    """Grows by the number of layers at each computation of several."""
     found: list[int] = []
-    compute = SharedInput._compute
+    compute = FusedGroup._compute
 
-    def counted(self: SharedInput, x: torch.Tensor) -> Any:
-        result = compute(self, x)
-        found.extend([] if result is None else [len(self.linears)])
+    def counted(self: FusedGroup, x: torch.Tensor, call: CallState) -> Any:
+        result = compute(self, x, call)
+        found.extend([] if result is None or len(self.linears) == 1 else [len(self.linears)])
         return result
 
-    monkeypatch.setattr(SharedInput, "_compute", counted)
+    monkeypatch.setattr(FusedGroup, "_compute", counted)
     return found
 
 
@@ -99,7 +100,7 @@ def test_models_agree_however_the_base_layers_run(
 ) -> None:
     options = KernelOptions(overlap_base=beside, base_last=beside, share_input=False)
     shared, alone = models(llama, tmp_path, kernel_options=options)
-    assert all(linear.beside == beside for linear in shared.routed_linears().values())
+    assert all(linear.group.owns_bases == beside for linear in shared.routed_linears().values())
     counted = calls(monkeypatch)
     ids = token_ids(2, 7)
     with torch.no_grad():
