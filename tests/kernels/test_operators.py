@@ -227,4 +227,4 @@ def test_routers_that_standardise_have_the_rule_of_the_kernels() -> None:
         found = router_class(name)
         assert found.scores is Phatgoose.scores, name
         assert found.choose is Router.choose and found.weights is Router.weights, name
-        assert found.mixing == "outputs", name
+        assert found.mix is Router.mix, name

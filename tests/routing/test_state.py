@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from helpers.checks import fails
+from helpers.checks import assert_close, fails
 from helpers.data import token_ids
 from helpers.models import llama
 from helpers.routing import make_pool, routed
@@ -165,7 +165,8 @@ def test_a_compiled_layer_follows_the_state(tmp_path: Path) -> None:
 
 def test_a_compiled_layer_refuses_to_guess(tmp_path: Path) -> None:
     model = routed(llama(), make_pool("llama", tmp_path))
-    compiled = torch.compile(model.model.model.layers[0].mlp, backend="eager")
+    layer = model.model.model.layers[0].mlp
+    compiled = torch.compile(layer, backend="eager")
     x = torch.randn(1, 3, 32)
     entered, leave = threading.Event(), threading.Event()
 
@@ -184,7 +185,7 @@ def test_a_compiled_layer_refuses_to_guess(tmp_path: Path) -> None:
         finally:
             leave.set()
             thread.join()
-        compiled(x)
+        assert_close(compiled(x), layer(x))
 
 
 def test_a_copy_has_a_state_of_its_own(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from phatgoose.experts.stack import stack_sites, stack_slot
 from phatgoose.kernels import Backend
 from phatgoose.kernels import settings as kernel_settings
 from phatgoose.models.base import Quantization, base_id, load_base
+from phatgoose.models.wrapped import replace_layers
 from phatgoose.routers.base import PromptRouter, Router
 from phatgoose.routing.fused import group_layers
 from phatgoose.routing.linear import RoutedLinear
@@ -87,7 +88,7 @@ def load_for_pool(
     return base
 
 
-def replace_layers(
+def route_layers(
     model: PreTrainedModel,
     experts: Sequence[Expert],
     router_type: type[Router],
@@ -113,14 +114,14 @@ def replace_layers(
     """
     check_sites(model, experts)
     stacks = stack_sites(experts, dtype=model.dtype, capacity=capacity, **_vectors_to_load(router_type))
-    linears = []
+    linears = {}
     for site, stack in stacks.items():
         rule = router_type(stack, config)
-        linear = RoutedLinear(model.get_submodule(site), stack, rule, backend, site=site, state=state).to_base()
-        model.set_submodule(site, linear)
-        linears.append(linear)
+        linear = RoutedLinear(model.get_submodule(site), stack, rule, backend, site=site, state=state)
+        linears[site] = linear.to_base()
+    replace_layers(model, linears)
     if kernel_settings.SHARE_INPUT:
-        group_layers(linears)
+        group_layers(linears.values())
 
 
 def put_expert(

@@ -22,10 +22,11 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.kernels import BACKENDS, DEFAULT_OPTIONS, Backend, KernelOptions
 from phatgoose.models.base import Quantization, base_id, load_tokenizer
+from phatgoose.models.wrapped import replace_layers
 from phatgoose.routers import check_needs, check_pool
 from phatgoose.routers.base import PromptRouter, Router
 from phatgoose.routers.record import RoutingRecord, ScoresRecord
-from phatgoose.routing.layers import experts_to_route, load_for_pool, put_expert, replace_layers, routed_linears
+from phatgoose.routing.layers import experts_to_route, load_for_pool, put_expert, route_layers, routed_linears
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.slots import Slots
 from phatgoose.routing.state import CallState, RoutingState
@@ -37,8 +38,9 @@ class RoutedModel(nn.Module):
 
     Everything that this class does not define (`generate_batch`, `config`, `device`, ...)
     is the wrapped model's. `model.model` is the wrapped PreTrainedModel, for code that
-    insists on one. Calls from several threads at once do not see each other's masks,
-    prompts and traces.
+    insists on one. The `with` blocks of this class count for the thread (or asyncio task)
+    that entered them, as torch.no_grad does: calls side by side do not see each other's
+    masks, prompts and traces.
 
     Build it with `from_pool`.
 
@@ -123,7 +125,7 @@ class RoutedModel(nn.Module):
         slots = Slots(pool.names, capacity)
         model = load_for_pool(base, pool, dtype=dtype, device=device, quantization=quantization)
         state, experts = RoutingState(), pool.experts()
-        replace_layers(model, experts, router_type, config, backend=backend, capacity=capacity, state=state)
+        route_layers(model, experts, router_type, config, backend=backend, capacity=capacity, state=state)
         by_slot = [*experts, *[None] * (len(slots) - len(experts))]
         prompt_router = router_type.for_prompts(by_slot, config)
         return cls(model, pool, config, router_type, slots, state, prompt_router, tokenizer)
@@ -175,8 +177,7 @@ class RoutedModel(nn.Module):
 
     def unwrap(self) -> PreTrainedModel:
         """Put the base model's own layers back and return it."""
-        for site, module in self.routed_linears().items():
-            self.model.set_submodule(site, module.base)
+        replace_layers(self.model, {site: linear.base for site, linear in self.routed_linears().items()})
         return self.model
 
     def routed_linears(self) -> dict[str, RoutedLinear]:
@@ -204,7 +205,7 @@ class RoutedModel(nn.Module):
         Raises:
             RuntimeError: the routing is being recorded already.
         """
-        call = self.state.current()
+        call = self.state.own()
         if call.records is not None:
             raise RuntimeError("traces do not nest")
         with self.state.during(replace(call, records=records)):
@@ -218,7 +219,7 @@ class RoutedModel(nn.Module):
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        call = self.state.current()
+        call = self.state.own()
         masked = call.masked | self._known(names)
         mask_1E = self._mask_row(masked).to(self.device) if masked else None
         with self.state.during(replace(call, masked=masked, mask_1E=mask_1E)):
@@ -242,7 +243,7 @@ class RoutedModel(nn.Module):
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        call = self.state.current()
+        call = self.state.own()
         if any(without):
             call = replace(call, prompt_masked=without)
             call = replace(call, prompt_mask_BE=self._masks_BE(call, len(prompt_ids)).to(self.device))
@@ -268,7 +269,7 @@ class RoutedModel(nn.Module):
         self, input_ids_BS: torch.Tensor | None, mask_BS: torch.Tensor | None
     ) -> AbstractContextManager[None]:
         """`prompts` of a call's own input, unless somebody has said what they are."""
-        call = self.state.current()
+        call = self.state.own()
         if self.prompt_router is None or input_ids_BS is None or call.prompt_bias is not None:
             return self.state.during(call)  # this thread's own, whatever others enter meanwhile
         if mask_BS is None:
@@ -314,7 +315,7 @@ class RoutedModel(nn.Module):
         input_ids_BS = pad(prompt_ids, 0).to(self.device)
         mask_BS = pad([[1] * len(ids) for ids in prompt_ids], 0).to(self.device)
         reader = self.model.get_encoder() if self.is_encoder_decoder else self.model.base_model
-        with self.state.during(replace(self.state.current(), records=records, prompt_bias=bias_BE, first_pass=True)):
+        with self.state.during(replace(self.state.own(), records=records, prompt_bias=bias_BE, first_pass=True)):
             reader(input_ids=input_ids_BS, attention_mask=mask_BS, use_cache=False)
 
     def mask_BE(self, num_prompts: int) -> torch.Tensor:
@@ -324,7 +325,7 @@ class RoutedModel(nn.Module):
             PoolError: no expert of that name.
             RouterError: no expert is left.
         """
-        return self._masks_BE(self.state.current(), num_prompts)
+        return self._masks_BE(self.state.own(), num_prompts)
 
     def _masks_BE(self, call: CallState, num_prompts: int) -> torch.Tensor:
         rows = [self._known(names) for names in call.prompt_masked] or [frozenset()] * num_prompts

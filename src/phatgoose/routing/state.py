@@ -30,6 +30,7 @@ class CallState:
             site; None before a router has read the prompts.
         records: by site, what reports of the routing go to; None if nobody records.
         first_pass: whether a router is reading the prompts, so that no bias is there yet.
+        ambiguous: whether this stands for several calls, because the asking code cannot tell which of them it serves.
     """
 
     masked: frozenset[str] = frozenset()
@@ -39,6 +40,7 @@ class CallState:
     prompt_bias: torch.Tensor | Mapping[str, torch.Tensor] | None = None
     records: Mapping[str, RoutingRecord | ScoresRecord] | None = None
     first_pass: bool = False
+    ambiguous: bool = False
 
     def record(self, site: str) -> RoutingRecord | ScoresRecord | None:
         """What a site reports its routing to; None if nobody records."""
@@ -51,8 +53,7 @@ class CallState:
 
 
 IDLE = CallState()  # nothing masked, added or recorded
-# Stands for "it depends on who asks": a compiled graph, and a thread that made no call, cannot tell.
-_SEVERAL = CallState()
+_AMBIGUOUS = CallState(ambiguous=True)
 
 
 class RoutingState:
@@ -83,7 +84,7 @@ class RoutingState:
         else:
             own = self._own.get()
             call = self._shared if own is None else own[1]
-        if call is _SEVERAL:
+        if call.ambiguous:  # not `is`: compilers guard values of attributes, but not identities
             raise RouterError(
                 "cannot tell which call's masks and prompts count here",
                 found="calls with different masks, prompts or records at the same time",
@@ -91,6 +92,11 @@ class RoutingState:
                 fix="call the RoutedModel itself, without torch.compile, or one call after the other",
             )
         return call
+
+    def own(self) -> CallState:
+        """The state that this thread (or asyncio task) entered; nothing masked, added or recorded if it entered none."""
+        own = self._own.get()
+        return IDLE if own is None else own[1]
 
     def is_active(self) -> bool:
         """Whether any thread is inside `during`."""
@@ -117,7 +123,7 @@ class RoutingState:
             else:
                 self._active[key] = call
             states = list(self._active.values())
-            self._shared = IDLE if not states else states[0] if all(s is states[0] for s in states) else _SEVERAL
+            self._shared = IDLE if not states else states[0] if all(s is states[0] for s in states) else _AMBIGUOUS
 
     def __deepcopy__(self, memo: dict[int, object]) -> RoutingState:
         """A copied model's layers share a state of their own."""
