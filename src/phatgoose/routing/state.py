@@ -94,7 +94,7 @@ class RoutingState:
         return call
 
     def own(self) -> CallState:
-        """The state that this thread (or asyncio task) entered; nothing masked, added or recorded if it entered none."""
+        """The state that this thread (or asyncio task) entered; an idle one if it entered none."""
         own = self._own.get()
         return IDLE if own is None else own[1]
 
