@@ -28,7 +28,6 @@ import torch
 
 from phatgoose.kernels import choose, operators
 from phatgoose.kernels.choose import BACKENDS, Backend, backend_for, runs_numba, runs_triton
-from phatgoose.kernels.eager import mix_parameters
 from phatgoose.kernels.options import DEFAULT_OPTIONS, KernelOptions
 from phatgoose.kernels.types import Layer, Routing, Rule
 
@@ -43,7 +42,6 @@ __all__ = [
     "add_loras_",
     "backend_for",
     "mix_loras",
-    "mix_parameters",
     "route_and_add_",
     "routed_linears",
     "runs_numba",

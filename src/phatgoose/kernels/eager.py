@@ -83,21 +83,6 @@ def vectors(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routin
     return y_NO
 
 
-def mix_parameters(x_NI: torch.Tensor, a_ERI: torch.Tensor, b_ERO: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """Each token's update under the weighted sums of its experts' factors (router `merged-parameters`).
-
-        y[n] = (sum over k of w[n, k] B[ids[n, k]]) (sum over k of w[n, k] A[ids[n, k]]) x[n]
-
-    Arguments and result are those of `mix_loras`. Computes every expert for every token; extra memory: N * E * R
-    numbers.
-    """
-    num_experts, rank, _ = a_ERI.shape
-    h_NER = (x_NI @ a_ERI.reshape(num_experts * rank, -1).T).view(-1, num_experts, rank)
-    weights_NE1 = _spread(routing, num_experts).to(h_NER.dtype).unsqueeze(2)
-    h_N1R = (h_NER * weights_NE1).sum(dim=1, keepdim=True)
-    return (h_N1R * weights_NE1).view(-1, num_experts * rank) @ b_ERO.reshape(num_experts * rank, -1)
-
-
 def route(x_NI: torch.Tensor, layer: Layer, rule: Rule) -> Routing:
     """The routing that `phatgoose.kernels.route_and_add_` describes; torch.topk promises no order of equal scores."""
     prototypes_EI = layer.gates_HPI[:, : len(layer.a_ERI)].float().sum(dim=0)

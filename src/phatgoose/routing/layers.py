@@ -18,8 +18,7 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.sites import check_sites
 from phatgoose.experts.stack import stack_sites, stack_slot
-from phatgoose.kernels import Backend
-from phatgoose.kernels import settings as kernel_settings
+from phatgoose.kernels import Backend, KernelOptions
 from phatgoose.models.base import Quantization, base_id, load_base
 from phatgoose.models.wrapped import replace_layers
 from phatgoose.routers.base import PromptRouter, Router
@@ -95,6 +94,7 @@ def route_layers(
     config: RouterConfig,
     *,
     backend: Backend,
+    options: KernelOptions,
     capacity: int | None,
     state: RoutingState,
 ) -> None:
@@ -104,7 +104,7 @@ def route_layers(
         model: the base model; changed in place.
         experts: by expert id.
         router_type, config: the rule, made anew for each site.
-        backend: see `RoutedLinear`.
+        backend, options: see `RoutedLinear`.
         capacity: places for experts; None for as many as there are experts.
         state: shared by all the layers.
 
@@ -117,10 +117,10 @@ def route_layers(
     linears = {}
     for site, stack in stacks.items():
         rule = router_type(stack, config)
-        linear = RoutedLinear(model.get_submodule(site), stack, rule, backend, site=site, state=state)
+        linear = RoutedLinear(model.get_submodule(site), stack, rule, backend, options, site=site, state=state)
         linears[site] = linear.to_base()
     replace_layers(model, linears)
-    if kernel_settings.SHARE_INPUT:
+    if options.share_input:
         group_layers(linears.values())
 
 
