@@ -36,6 +36,13 @@ def one_thread() -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def no_older_graphs() -> Iterator[None]:
+    """Compiled code is kept by line of source, with a limit: a layer of one test is a recompilation in the next."""
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def unchanged_originals() -> Iterator[None]:
     """Adapters and pools are made once and copied; a test that wrote to an original has changed what others got."""
