@@ -174,7 +174,7 @@ def test_activations_that_are_not_contiguous(backend: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("backend", ["gather", "dense", "grouped", "auto"])
 def test_no_tensor_of_tokens_times_experts_times_outputs(backend: kernels.Backend) -> None:
-    """PEFT's Arrow layer makes one; see docs/performance.md for what ours make."""
+    """PEFT's Arrow layer makes one; see docs/performance.md (Memory) for what ours make."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):

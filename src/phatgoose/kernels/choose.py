@@ -1,4 +1,4 @@
-"""The rule of "auto": which backend mixes, by shape and device. docs/performance.md has its measurements.
+"""The rule of "auto": which backend mixes, by shape and device. docs/kernels.md has its measurements.
 
 The rule reads shapes alone, so equal calls run equal code. It never answers "triton": a layer on a GPU where
 `runs_triton` is true takes that for "auto" before the rule is asked.

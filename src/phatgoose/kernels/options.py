@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class KernelOptions:
-    """What was measured to be fastest on an H200; docs/performance.md has the numbers.
+    """What was measured to be fastest on an H200; docs/kernels.md has the numbers.
 
     Attributes:
         overlap_base: few tokens, in a CUDA graph: the base layer runs beside routing and A, on a stream of its own.

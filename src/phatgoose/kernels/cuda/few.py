@@ -195,7 +195,7 @@ def linears(
 
     The base layers run at the same time as routing and A, on another stream (in a captured graph: another branch). With
     PDL they are launched first, and with priority: they read the most, and what they leave of a GPU is enough for the
-    rest. Without PDL that would be slower (docs/performance.md).
+    rest. Without PDL that would be slower (docs/kernels.md).
     All memory is allocated on the current stream: the other one waits for it first, and it for the other one before B.
 
     Args:

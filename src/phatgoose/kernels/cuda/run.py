@@ -13,11 +13,11 @@ Many tokens, all on the main stream, layers of one x in the same launches but fo
       -> many.shrink_many (A) -> many.expand_many (B), one launch per layer, range of columns and k -> base layer(s)
     The base layers come last, and add themselves, if none has a bias (base_last); else they come first.
 
-A layer 4096 -> 4096, 166 experts of rank 16, top-2, bf16; few: 1 token, many: 4,096 (docs/performance.md):
+A layer 4096 -> 4096, 166 experts of rank 16, top-2, bf16; few: 1 token, many: 4,096 (docs/kernels.md):
 
     kernel           grid                            bytes read, or operations            bound by
     partial_scores   (N / BN, G E / BE + 1, S)       few: 2.7 MB of prototypes            few: launch, then bytes
-                                                     many: 11 GFLOP, x from L2            many: matrix units
+      or cuBLAS                                      many: 11 GFLOP, x from L2            many: matrix units
     shrink_few       (N, S, G)                       0.26 MB (N K R I 2)                  launch, latency of top-k
     expand_few       (N, O / BO, G)                  0.26 MB (N K R O 2)                  launch, then bytes
     choose_many      (N,), one warp each             6 MB of partial scores               latency of top-k

@@ -8,7 +8,7 @@ v . (x - mean x) rstd whatever was rounded.
 
 v is kept as hi + lo, two numbers of the activations' dtype, because a bf16 v alone moves scores by 2**-9 of their
 spread and so changes choices. hi + lo has 16 bits (22 for fp16) at the bytes of one fp32 number. See
-docs/performance.md.
+docs/kernels.md.
 
 Each split of I writes its own part; `choice.keys_of_one` adds the parts up in order, so the same input gives the same
 bits. With many experts and many tokens cuBLAS multiplies, whose tiles read less than Triton's: the parts are then hi
