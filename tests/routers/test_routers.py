@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -20,7 +23,9 @@ from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.experts.stack import SiteStack
 from phatgoose.routers import router_class
+from phatgoose.routers.base import Router
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routing.model import RoutedModel
 
 # a decoder's sites see no token of the prompt
 PAIRS = [(router, kind) for router in AMONG_MANY for kind in MODELS if (router, kind) != ("phatgoose-sequence", "t5")]
@@ -199,3 +204,30 @@ def test_unknown_options_and_routers(tmp_path: Path) -> None:
     fails(RouterError, "'nearest'", "arrow", action=lambda: routed(gpt2(), pool, router="nearest"))
     fails(RouterError, "top_k 3", action=lambda: routed(gpt2(), pool, router="arrow", top_k=3))
     assert Expert(tmp_path / "e0").brings("gate")
+
+
+class FirstTwo(Router):
+    """A router of one's own: whoever comes first in the pool."""
+
+    def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
+        return -torch.arange(float(len(self.absent_E)), device=x_NI.device).expand(len(x_NI), -1)
+
+
+def test_a_router_of_ones_own(tmp_path: Path) -> None:
+    """A class, or its name as MODULE:CLASS, as on the command line."""
+    pool = make_pool("llama", tmp_path)
+    model = RoutedModel.from_pool(llama(), pool, router=FirstTwo)
+    with model.trace() as trace:
+        expected = logits(model)
+    assert all(set(trace.routing(site).expert_ids_BSK.unique().tolist()) == {0, 1} for site in trace.sites)
+    name = model.router_config.router
+    assert name == f"{FirstTwo.__module__}:FirstTwo"
+    with mock.patch.dict(sys.modules, {"my_routers": types.SimpleNamespace(FirstTwo=FirstTwo, other=3)}):
+        assert torch.equal(logits(RoutedModel.from_pool(llama(), pool, router="my_routers:FirstTwo")), expected)
+        for wrong in ("my_routers:other", "my_routers:missing", "no_such_module:Router", "no-such-router"):
+            fails(
+                RouterError,
+                wrong,
+                "MODULE:CLASS",
+                action=lambda w=wrong: RoutedModel.from_pool(llama(), pool, router=w),
+            )

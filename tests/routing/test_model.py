@@ -9,11 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.checks import assert_close, files_of
+from helpers.checks import assert_close, fails, files_of
 from helpers.data import model_inputs, token_ids
-from helpers.models import MODELS, PAD, gpt2, llama, t5
+from helpers.models import MODELS, PAD, gpt2, llama, make_base, make_tokenizer, t5
 from helpers.pools import fill_pool, make_adapter, make_expert, make_gate, make_pool
+from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.experts.pool import Pool
+from phatgoose.models.base import load_base
 from phatgoose.routing.model import RoutedModel
 
 KINDS = list(MODELS)
@@ -294,3 +296,29 @@ def test_quantised_base(quantization: Any, tmp_path: Path) -> None:
         # only the base layer's part is quantised
         assert_close(linear(x) - linear.base(x), exact(x) - exact.base(x), 1e-4)
     assert logits(model).isfinite().all()
+
+
+def test_one_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loaded base, its name or None; a pool or its folder: one model."""
+    monkeypatch.chdir(tmp_path)
+    pool = make_pool(llama, tmp_path, 3)
+    make_base(llama, tmp_path / "tiny-llama")
+    expected = logits(RoutedModel.from_pool(load_base("tiny-llama", device="cpu"), pool))
+    for name, where in (("tiny-llama", pool), (None, pool), (None, pool.folder), ("tiny-llama", str(pool.folder))):
+        model = RoutedModel.from_pool(name, where, device="cpu", dtype="fp32")
+        assert torch.equal(logits(model), expected)
+    half = RoutedModel.from_pool(None, pool, dtype="bf16")
+    assert half.dtype == torch.bfloat16 and half.num_experts == 3
+    assert half.tokenizer("<5>")["input_ids"] == make_tokenizer()("<5>")["input_ids"]
+    given = make_tokenizer()
+    assert RoutedModel.from_pool(None, pool, tokenizer=given).tokenizer is given
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    """Found out before a base is loaded: this one does not exist."""
+    pool = make_pool(llama, tmp_path, 3)
+    fails(BaseModelError, "another base model", action=lambda: RoutedModel.from_pool("elsewhere", pool))
+    fails(RouterError, "top_k 4", action=lambda: RoutedModel.from_pool(None, pool, top_k=4))
+    fails(ConfigError, "how to load", "bf16", action=lambda: RoutedModel.from_pool(llama(), pool, dtype="bf16"))
+    fails(ConfigError, "unknown backend", action=lambda: RoutedModel.from_pool(None, pool, backend="fast"))
+    fails(BaseModelError, "tiny-llama", action=lambda: RoutedModel.from_pool(None, pool))
