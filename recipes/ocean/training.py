@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from grids import GATES, JOINT
+from joint_gates import train_jointly
 from times import timed
 
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, TextConfig
@@ -90,9 +91,7 @@ class Training:
             return
         jobs = self.jobs(self.folder / JOINT / "experts")
         with timed(self.args, self.seed, JOINT):
-            train_adapters(
-                self.model, self.tokenizer, jobs, config=replace(self.lora, joint_gates=True), **self.options
-            )
+            train_jointly(self.model, self.tokenizer, jobs, config=self.lora, **self.options)
         self.pool(self.folder / JOINT / "pool", jobs)
 
     def jobs(self, out: Path) -> list[TrainingJob]:

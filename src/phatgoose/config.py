@@ -238,8 +238,6 @@ class AdapterTrainingConfig(OptimizerConfig):
         target_modules: Layers to adapt: "all-linear", or names separated by commas.
         learning_rate: Peak learning rate of AdamW. 1e-3 suits a scale of 1.
         save_steps: Steps between checkpoints, from which a killed run resumes.
-        joint_gates: Train the gate together with the adapter, as the paper's
-            ablation does (appendix A), instead of after it. Only `train_adapters` can.
     """
 
     steps: int = 1000
@@ -248,7 +246,6 @@ class AdapterTrainingConfig(OptimizerConfig):
     alpha: float | None = None
     target_modules: str = "all-linear"
     save_steps: int = 100
-    joint_gates: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

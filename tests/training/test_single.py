@@ -1,4 +1,4 @@
-"""Training: only what should move moves, what is saved is right, and a killed run goes on."""
+"""Training: only what should move moves, what is saved is right, and a killed run resumes."""
 
 from __future__ import annotations
 

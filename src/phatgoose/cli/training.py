@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -23,10 +23,6 @@ from phatgoose.cli.options import (
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig, GateConfig, RayConfig, TextConfig
 from phatgoose.errors import ConfigError
 
-Lora = Annotated[
-    AdapterTrainingConfig,
-    Fields(*(field.name for field in fields(AdapterTrainingConfig) if field.name != "joint_gates")),
-]
 Cluster = Annotated[RayConfig, Fields(address="ray_address", num_gpus="ray_gpus", num_cpus="ray_cpus")]
 
 
@@ -44,7 +40,7 @@ def train(
     revision: Revision = None,
     split: Split = "train",
     validation_split: ValidationSplit = None,
-    config: Lora,
+    config: AdapterTrainingConfig,
     save_dtype: SaveDtype = "fp32",
     text: TextConfig,
     device: Device = None,
@@ -121,7 +117,7 @@ def train_many(
     gates: Annotated[bool, typer.Option(help="Train the gates after the adapters.")] = True,
     joint_gates: Annotated[bool, typer.Option("--joint-gates", hidden=True)] = False,
     batching: BatchingConfig,
-    config: Lora,
+    config: AdapterTrainingConfig,
     gate_steps: Annotated[int, typer.Option(help="Optimiser steps of each gate.")] = GateConfig.steps,
     gate_learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of AdamW for the gates.")
@@ -139,7 +135,13 @@ def train_many(
     Each expert turns out as if it had been trained alone. When the same command is given again, finished experts are
     left as they are, and a killed run resumes from its last checkpoint.
     """
-    config = replace(config, joint_gates=joint_gates)
+    if joint_gates:
+        raise ConfigError(
+            "train-many trains gates after their adapters",
+            found="--joint-gates",
+            expected="no such flag; joint training is an ablation of the paper (appendix A), in recipes/ocean",
+            fix="python recipes/ocean --stages train variants --pools joint --data DATA --out OUT",
+        )
     shared = {field.name: getattr(config, field.name) for field in fields(GateConfig)}
     gate_config = GateConfig(**shared | {"steps": gate_steps, "learning_rate": gate_learning_rate})
     if executor == "local" and cluster != RayConfig():

@@ -1,4 +1,4 @@
-"""The gated LoRA: what a gate is trained in (paper section 3.1).
+"""The gated LoRA, in which a gate v is trained (paper section 3.1).
 
     y = W u + scaling * B A u * sigmoid(v . u)
 
@@ -46,13 +46,13 @@ class GatedLinear(WrappedLinear):
 
 
 class GatedModel(nn.Module):
-    """A base model with one expert behind gates. Only the gates are trained and saved.
+    """A base model with one expert behind its gates, the only parameters that are trained and saved.
 
     The layers of `model` are replaced in place; `unwrap` puts them back.
 
     Args:
-        model: the base model, frozen by this.
-        expert: whose gate is to be trained.
+        model: the base model; frozen from now on.
+        expert: the expert whose gate is trained.
 
     Raises:
         BaseModelError: the expert does not fit the model.
@@ -69,7 +69,7 @@ class GatedModel(nn.Module):
         self._before = replace_layers(model, self._layers)
 
     def forward(self, **inputs: torch.Tensor) -> Any:
-        """The wrapped model's forward."""
+        """The base model's forward, with the gated expert."""
         return self.model(**inputs)
 
     def gates(self) -> dict[str, nn.Parameter]:
@@ -77,11 +77,11 @@ class GatedModel(nn.Module):
         return {site: layer.gate_I for site, layer in self._layers.items()}
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Only the gates, so that a checkpoint of the Trainer does not carry the base."""
+        """Site -> gate, without the base model, so that the Trainer's checkpoints are small."""
         return {site: v.detach() for site, v in self.gates().items()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take gates from a checkpoint of the Trainer."""
+        """Load the gates from one of the Trainer's checkpoints."""
         gates = self.gates()
         for site, v in state_dict.items():
             gates[site].data.copy_(v)

@@ -1,4 +1,4 @@
-"""A new LoRA on a base model, made and saved by PEFT.
+"""A new LoRA on a base model, through PEFT: create, read and save it.
 
 Axes: E experts, I in-features, O out-features, R rank.
 """
@@ -6,7 +6,7 @@ Axes: E experts, I in-features, O out-features, R rank.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,13 @@ from phatgoose.models.base import base_id, base_source
 
 @contextmanager
 def new_lora(model: PreTrainedModel, config: AdapterTrainingConfig) -> Iterator[PeftModel]:
-    """Yield `model` with a new LoRA; afterwards `model` is as it was.
+    """Yield `model` with a new, untrained LoRA; afterwards `model` is as it was.
 
     Equal seeds give equal initial values.
+
+    Args:
+        model: the base model.
+        config: rank, alpha, target modules and seed.
 
     Raises:
         ConfigError: `config` names layers that cannot be adapted.
@@ -47,7 +51,7 @@ def new_lora(model: PreTrainedModel, config: AdapterTrainingConfig) -> Iterator[
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
         raise ConfigError("PEFT cannot adapt this base model so", found=str(error).splitlines()[0]) from error
-    # PEFT looks the base up whenever it saves a checkpoint: let it find an embedded one on this machine
+    # PEFT looks the base up whenever it saves a checkpoint: an embedded one is found in the cache folder
     peft_model.peft_config["default"].base_model_name_or_path = base_source(base_id(model).name)
     try:
         for site, layer in lora_layers(peft_model).items():
@@ -64,7 +68,7 @@ def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
 
 
 def initial_factors(layers: Mapping[str, Any], num_experts: int) -> dict[str, torch.Tensor]:
-    """PEFT's initial values, once for each expert: "<site>.a", shape (E, R, I), and "<site>.b", shape (E, R, O)."""
+    """PEFT's initial values, the same for each expert: "<site>.a", shape (E, R, I), and "<site>.b", shape (E, R, O)."""
     factors = {}
     for site, layer in layers.items():
         a_RI, b_OR = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
@@ -73,29 +77,22 @@ def initial_factors(layers: Mapping[str, Any], num_experts: int) -> dict[str, to
     return factors
 
 
-def load_factors(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor], expert: int) -> None:
-    """Put one expert's values, of the shapes that `initial_factors` gives, into PEFT's layers."""
+def load_factors(layers: Mapping[str, Any], factors: Mapping[str, torch.Tensor]) -> None:
+    """Copy one expert's values into PEFT's layers: "<site>.a", shape (R, I), and "<site>.b", shape (R, O)."""
     with torch.no_grad():
         for site, layer in layers.items():
-            layer.lora_A["default"].weight.copy_(factors[site + ".a"][expert])
-            layer.lora_B["default"].weight.copy_(factors[site + ".b"][expert].T)
+            layer.lora_A["default"].weight.copy_(factors[site + ".a"])
+            layer.lora_B["default"].weight.copy_(factors[site + ".b"].T)
 
 
-def save_lora(
-    peft_model: PeftModel,
-    out: Path,
-    base: str,
-    dtype: torch.dtype,
-    beside: Callable[[Path], None] = lambda folder: None,
-) -> None:
-    """Save the adapter as PEFT does; `out` appears in one step.
+def save_lora(peft_model: PeftModel, out: Path, base: str, dtype: torch.dtype) -> None:
+    """Save the adapter in PEFT's format; `out` appears in one step.
 
     Args:
-        peft_model: holds the adapter.
-        out: folder to make.
-        base: the base model's name, for adapter_config.json.
-        dtype: of the numbers on disk.
-        beside: writes more into the folder before it appears.
+        peft_model: the model with the adapter.
+        out: folder to create.
+        base: name of the base model, for adapter_config.json.
+        dtype: dtype of the saved tensors.
     """
     with new_folder(out) as folder:
         peft_model.save_pretrained(str(folder))
@@ -105,11 +102,10 @@ def save_lora(
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         config["base_model_name_or_path"] = base
         write_json(folder / CONFIG_FILE, config)
-        beside(folder)
 
 
 def _check_linear(site: str, layer: LoraLayer) -> None:
-    """PEFT can adapt embeddings and convolutions too; a router cannot mix those."""
+    """Refuse a layer that is not linear: PEFT adapts embeddings and convolutions too, which routers cannot mix."""
     if linear_shape(layer.get_base_layer()) is None:
         raise ConfigError(
             f"{site} cannot be adapted",

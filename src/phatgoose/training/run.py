@@ -1,4 +1,15 @@
-"""What makes a training run, and how it resumes."""
+"""What identifies a training run, and where a killed one resumes.
+
+Every run keeps its checkpoints in a work folder beside its result: `<adapter>.training`
+for adapters, `<expert>.gating` for gates; a group's lies beside its first expert. The
+folder holds run.json, which `describe` makes. The same call again finds the folder
+(`resumes`) and continues from its last checkpoint:
+
+    one adapter or gate    training.trainer.last_checkpoint       checkpoint-<step>/
+    a group of experts     training.group.trainer.GroupTrainer    checkpoint.safetensors
+
+When the result is in place the work folder is deleted.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +30,18 @@ from phatgoose.files import write_json
 from phatgoose.models.base import base_id
 
 RUN_FILE = "run.json"
+ADAPTER_WORK = ".training"
+GATE_WORK = ".gating"
+# Settings that not every version writes, and the value of runs without them
+_IMPLIED = {"joint_gates": False}
 
 
-def goes_on(work: Path, run: dict[str, Any]) -> bool:
-    """Whether `work` holds an unfinished run; if not, it is made, with the description of a new one.
+def resumes(work: Path, run: dict[str, Any]) -> bool:
+    """Whether `work` holds an unfinished run of this description; without one, begin a new run there.
+
+    Args:
+        work: folder of the checkpoints; created if it is missing.
+        run: what `describe` returned; written to run.json of a new run.
 
     Raises:
         ConfigError: the unfinished run has other settings.
@@ -32,20 +51,37 @@ def goes_on(work: Path, run: dict[str, Any]) -> bool:
         work.mkdir(parents=True, exist_ok=True)
         write_json(path, run)
         return False
-    old = json.loads(path.read_text(encoding="utf-8"))
-    different = sorted(key for key in old.keys() | run.keys() if old.get(key) != run.get(key))
+    old, new = _IMPLIED | json.loads(path.read_text(encoding="utf-8")), _IMPLIED | run
+    different = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if different:
         raise ConfigError(
             f"{work} holds an unfinished run with other settings",
             found=f"{different[0]}: {old.get(different[0])!r}",
-            expected=f"{run.get(different[0])!r}",
-            fix=f"use the old settings to go on, or delete {work} to begin anew",
+            expected=f"{new.get(different[0])!r}",
+            fix=f"use the old settings to resume it, or delete {work} to start over",
         )
     return True
 
 
+def describe(config: OptimizerConfig, text: TextConfig, model: PreTrainedModel, **data: Any) -> dict[str, Any]:
+    """Everything that determines a run's result, as plain data.
+
+    Args:
+        config: settings of the training.
+        text: how examples become tokens.
+        model: the base model.
+        data: the run's data: `describe_data`, and what else it depends on.
+    """
+    return {**asdict(config), **asdict(text), "base": str(base_id(model)), **data}
+
+
+def describe_data(examples: Sequence[Example], validation: Sequence[Example] = ()) -> dict[str, str | None]:
+    """Fingerprints of training and validation data; None for no validation data."""
+    return {"data": fingerprint(examples), "validation": fingerprint(validation) if validation else None}
+
+
 def check_out(out: Path) -> None:
-    """Raise AdapterError if something lies where a new adapter is to be made."""
+    """Raise AdapterError if something exists where a new adapter is to be written."""
     if out.exists():
         raise AdapterError(
             f"{out} exists already", expected="a new folder", fix="choose another --out, or delete it first"
@@ -60,7 +96,15 @@ def gate_save_steps(config: GateConfig) -> int:
 def gate_provenance(
     model: PreTrainedModel, data: str, adapter_sha256: str, config: OptimizerConfig, text: TextConfig
 ) -> GateProvenance:
-    """How a gate was made, from the fingerprints of its data and adapter and the settings."""
+    """Content of gate_config.json for a gate trained by this code.
+
+    Args:
+        model: the base model.
+        data: fingerprint of the training data.
+        adapter_sha256: sha256 of the adapter's weights file.
+        config: settings of the training.
+        text: how examples became tokens.
+    """
     base = base_id(model)
     return GateProvenance(
         base=base.name,
@@ -74,25 +118,11 @@ def gate_provenance(
     )
 
 
-def describe(
-    config: OptimizerConfig,
-    text: TextConfig,
-    model: PreTrainedModel,
-    examples: Sequence[Example],
-    validation: Sequence[Example] = (),
-) -> dict[str, Any]:
-    """Everything that makes a run what it is, as plain data."""
-    return {
-        **asdict(config),
-        **asdict(text),
-        "base": str(base_id(model)),
-        "data": fingerprint(examples),
-        "validation": fingerprint(validation) if validation else None,
-    }
-
-
 def diverged(what: str, config: OptimizerConfig) -> dict[str, str]:
-    """An error's text. Its checkpoints must go: another try has other settings, and would trip over them."""
+    """Text of the error about a result that is not finite.
+
+    The caller deletes the checkpoints: another try has other settings, which they would refuse.
+    """
     return {
         "what": f"{what} is not finite after {config.steps} steps",
         "found": "NaN or infinity",
@@ -102,5 +132,5 @@ def diverged(what: str, config: OptimizerConfig) -> dict[str, str]:
 
 
 def is_main_process() -> bool:
-    """Whether this process, of those of one training, is the one that writes results."""
+    """Whether this process writes results: the first one of a distributed training, or the only one."""
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0

@@ -1,8 +1,8 @@
-"""Training an adapter, and then its gate, with PEFT and transformers' Trainer.
+"""Training one adapter, and then its gate, with PEFT and transformers' Trainer.
 
-Both keep their checkpoints in a work folder beside the result. A run that was
-killed and is started again with the same settings goes on from the last one;
-the result appears in one step at the end.
+Both keep their checkpoints in a work folder beside the result and resume from the
+last one when they are called again (phatgoose.training.run). The result appears in
+one step at the end.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from phatgoose.config import AdapterTrainingConfig, Dtype, GateConfig, TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import Example
-from phatgoose.errors import AdapterError, ConfigError, GateError
+from phatgoose.errors import AdapterError, GateError
 from phatgoose.experts.adapter import WEIGHTS_FILE
 from phatgoose.experts.expert import Expert
 from phatgoose.experts.vectors import save_gate
@@ -25,7 +25,17 @@ from phatgoose.files import sha256
 from phatgoose.models.base import DTYPES, base_id
 from phatgoose.training.gated import GatedModel
 from phatgoose.training.lora import new_lora, save_lora
-from phatgoose.training.run import check_out, describe, diverged, gate_provenance, gate_save_steps, is_main_process
+from phatgoose.training.run import (
+    ADAPTER_WORK,
+    GATE_WORK,
+    check_out,
+    describe,
+    describe_data,
+    diverged,
+    gate_provenance,
+    gate_save_steps,
+    is_main_process,
+)
 from phatgoose.training.trainer import run_trainer
 
 
@@ -40,36 +50,35 @@ def train_adapter(
     validation: Sequence[Example] = (),
     save_dtype: Dtype = "fp32",
 ) -> Path:
-    """Train a LoRA adapter on the frozen `model` and save it as PEFT does.
+    """Train a LoRA adapter on the frozen `model` and save it in PEFT's format (paper section 4.1).
 
-    The loss is the mean cross-entropy over target tokens (with accumulation:
-    the mean of the forward passes' means, as in the official code).
+    The loss is the mean cross-entropy over target tokens; with accumulation, the mean
+    of the forward passes' means, as in the official code. A killed run resumes from its
+    last checkpoint when the call is repeated.
 
     Args:
         model: the base model; its weights are not changed.
-        tokenizer: of the base model.
+        tokenizer: the base model's tokenizer.
         examples: training data.
-        out: folder to make. `<out>.training` holds the checkpoints meanwhile.
-        config: settings.
-        text: how examples become tokens.
+        out: folder to create. Until then, `<out>.training` holds the checkpoints.
+        config: settings of the training; None for the defaults.
+        text: how examples become tokens; None for the defaults.
         validation: if given, the checkpoint with the lowest loss on it is kept.
-        save_dtype: of the numbers on disk.
+        save_dtype: dtype of the saved tensors.
 
     Returns:
         `out`.
 
     Raises:
         AdapterError: `out` exists already, or the training diverged.
-        ConfigError: `config` names layers that cannot be adapted or wants joint
-            gates, or an unfinished run with other settings lies in the work folder.
+        ConfigError: `config` names layers that cannot be adapted, or the work folder
+            holds an unfinished run with other settings.
     """
-    if config is not None and config.joint_gates:
-        raise ConfigError("a gate is trained together with its adapter only among many", fix="phatgoose train-many")
     config, text, out = config or AdapterTrainingConfig(), text or TextConfig(), Path(out)
     check_out(out)
     encoder = Encoder(tokenizer, model.config, text)
-    work = out.with_name(out.name + ".training")
-    run = describe(config, text, model, examples, validation)
+    work = out.with_name(out.name + ADAPTER_WORK)
+    run = describe(config, text, model, **describe_data(examples, validation))
     with new_lora(model, config) as peft_model:
         run_trainer(
             peft_model, encoder, examples, config, work, run, save_steps=config.save_steps, validation=validation
@@ -95,18 +104,21 @@ def train_gate(
     text: TextConfig | None = None,
     save_dtype: Dtype = "fp32",
 ) -> dict[str, torch.Tensor]:
-    """Train an expert's gate with everything else frozen, and write it into the expert's folder.
+    """Train an expert's gate and write it into the expert's folder (paper section 3.1).
 
-    Paper section 3.1; see `phatgoose.training.gated`. Base and adapter stay bit-identical.
+    Only the gate is trained, one vector v for each adapted layer: y = W u + s B A u * sigmoid(v . u)
+    with v = 0 at the start. Base model and adapter stay bit-identical. A killed run
+    resumes from its last checkpoint when the call is repeated.
 
     Args:
         model: the base model that the expert's adapter was trained on.
-        tokenizer: of the base model.
-        expert: its folder gets gate.safetensors and gate_config.json.
-        examples: the data that the adapter was trained on.
-        config: settings.
-        text: how examples become tokens; as for the adapter.
-        save_dtype: of the numbers on disk.
+        tokenizer: the base model's tokenizer.
+        expert: the expert; its folder gets gate.safetensors and gate_config.json. Until
+            then, `<folder>.gating` holds the checkpoints.
+        examples: the adapter's training data.
+        config: settings of the training; None for the defaults.
+        text: how examples become tokens, the same as for the adapter; None for the defaults.
+        save_dtype: dtype of the saved tensors.
 
     Returns:
         Site -> v, shape (in-features,), fp32.
@@ -114,13 +126,15 @@ def train_gate(
     Raises:
         BaseModelError: the expert does not fit the model.
         AdapterError: the expert's weights are damaged.
+        ConfigError: the work folder holds an unfinished run with other settings.
         GateError: the training diverged.
     """
     config, text = config or GateConfig(), text or TextConfig()
     encoder = Encoder(tokenizer, model.config, text)
-    run = describe(config, text, model, examples) | {"adapter_sha256": sha256(expert.folder / WEIGHTS_FILE)}
+    adapter_sha256 = sha256(expert.folder / WEIGHTS_FILE)
+    run = describe(config, text, model, **describe_data(examples), adapter_sha256=adapter_sha256)
+    work = expert.folder.with_name(expert.folder.name + GATE_WORK)
     gated = GatedModel(model, expert)
-    work = expert.folder.with_name(expert.folder.name + ".gating")
     try:
         run_trainer(gated, encoder, examples, config, work, run, save_steps=gate_save_steps(config))
         vectors = {site: v.detach().cpu() for site, v in gated.gates().items()}
@@ -131,11 +145,7 @@ def train_gate(
             shutil.rmtree(work)
         raise GateError(**diverged(f"the gate of {expert.folder}", config))
     if is_main_process():
-        save_gate(
-            expert.folder,
-            vectors,
-            gate_provenance(model, run["data"], run["adapter_sha256"], config, text),
-            DTYPES[save_dtype],
-        )
+        provenance = gate_provenance(model, run["data"], adapter_sha256, config, text)
+        save_gate(expert.folder, vectors, provenance, DTYPES[save_dtype])
         shutil.rmtree(work)
     return vectors

@@ -1,4 +1,4 @@
-"""A run of transformers' Trainer that can be killed and goes on when it is started again.
+"""transformers' Trainer with this package's loss and settings; `run_trainer` resumes a killed run.
 
 Axes: B sequences, S positions, V vocabulary.
 """
@@ -19,12 +19,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from phatgoose.config import OptimizerConfig
 from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.data.examples import Example
-from phatgoose.training.run import goes_on
+from phatgoose.training.run import resumes
 
 
 def target_loss(logits_BSV: torch.Tensor, labels_BS: torch.Tensor) -> torch.Tensor:
-    """Mean cross-entropy over the labels that count; labels[t] belongs to logits[t]."""
-    # Prompts are long and targets short: fp32 copies of the logits are made for the targets alone
+    """Mean cross-entropy (nats) over the labels that are not IGNORED; labels[t] is what logits[t] should predict."""
+    # Prompts are long and targets short: only the targets' logits are copied to fp32
     counts_BS = labels_BS != IGNORED
     return F.cross_entropy(logits_BSV[counts_BS].float(), labels_BS[counts_BS])
 
@@ -51,30 +51,28 @@ def run_trainer(
     save_steps: int,
     validation: Sequence[Example] = (),
 ) -> None:
-    """Train what requires a gradient; go on from the last checkpoint in `work` if there is one.
+    """Train every parameter that requires a gradient, from the last checkpoint in `work` if there is one.
 
     Args:
-        model: called with input_ids, attention_mask and, if it has them,
-            decoder_input_ids; gives logits.
-        encoder: makes batches of examples.
+        model: takes input_ids, attention_mask and, for an encoder-decoder model,
+            decoder_input_ids; returns logits.
+        encoder: turns examples into batches.
         examples: training data.
         config: settings.
         work: folder of the checkpoints.
-        run: everything that makes this run what it is; a run with another
-            description is not gone on with.
+        run: description of the run (`describe`); only a run with the same one is resumed.
         save_steps: steps between checkpoints.
         validation: if given, the checkpoint with the lowest loss on it is loaded at the end.
 
     Raises:
-        ConfigError: an unfinished run with other settings lies in `work`.
+        ConfigError: `work` holds an unfinished run with other settings.
     """
-    checkpoint = _last_checkpoint(work, run)
+    checkpoint = last_checkpoint(work, config.steps) if resumes(work, run) else None
 
     def collate(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         batch = encoder.collate(rows)
-        # Under the name "labels" the model would compute a loss of its own, and
-        # the Trainer would rescale ours by a count of labels that it shifts
-        # or not depending on the model.
+        # Under the name "labels" the model would compute its own loss, and the Trainer
+        # would rescale this one by a count of labels that is shifted for some models only
         batch["targets"] = batch.pop("labels")
         return batch
 
@@ -100,16 +98,16 @@ def make_trainer(
     validation: Sequence[Any],
     collate: Callable[[list[Any]], Any],
 ) -> Trainer:
-    """transformers' Trainer with our settings and `target_loss`, on the device that `model` is on.
+    """transformers' Trainer with the settings of `config` and `target_loss`, on the device of `model`.
 
     Args:
-        model: what is trained.
+        model: the model to train.
         config: settings.
         work: folder of the checkpoints.
         save_steps: steps between checkpoints, and between evaluations.
         dataset: rows to train on.
-        validation: rows to choose the best checkpoint by; empty for the last one.
-        collate: makes a batch of rows.
+        validation: rows to choose the best checkpoint by; if empty, the last one is kept.
+        collate: turns rows into a batch.
     """
     evaluates = "steps" if validation else "no"
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -140,8 +138,8 @@ def make_trainer(
         use_cpu=on_cpu,
         dataloader_pin_memory=not on_cpu,
     )
-    # One process trains on one GPU. With several in sight the Trainer would split each batch by DataParallel,
-    # behind the back of batch_size; torchrun and accelerate start a process for each.
+    # One process trains on one GPU: with several visible, the Trainer would split each batch by DataParallel
+    # and batch_size would mean something else. torchrun and accelerate start a process for each GPU.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return _TargetTrainer(
         model=model,
@@ -152,23 +150,23 @@ def make_trainer(
     )
 
 
-def _last_checkpoint(work: Path, run: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from; None for a new run, whose description is written down."""
-    if not goes_on(work, run):
-        return None
-    # From a checkpoint of the last step the Trainer would train one batch too many:
-    # it looks for the end only after a batch. The last stretch is repeated instead.
-    whole = [folder for folder in work.glob("checkpoint-*") if _is_whole(folder) and _step(folder) < run["steps"]]
-    return str(max(whole, key=_step)) if whole else None
+def last_checkpoint(work: Path, steps: int) -> str | None:
+    """The newest complete checkpoint before the last of `steps`; None if there is none.
+
+    From a checkpoint of the last step the Trainer would train one batch too many,
+    because it looks for the end only after a batch. The last stretch is repeated instead.
+    """
+    complete = [folder for folder in work.glob("checkpoint-*") if _is_complete(folder) and _step(folder) < steps]
+    return str(max(complete, key=_step)) if complete else None
 
 
 def _step(checkpoint: Path) -> int:
-    """The optimiser step that a checkpoint's name says."""
+    """The optimiser step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the Trainer finished a checkpoint; its state is the last file that it writes."""
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether the Trainer finished writing a checkpoint; its state is the last file of one."""
     try:
         json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):

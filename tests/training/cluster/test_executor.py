@@ -189,7 +189,7 @@ def test_user_errors(two_nodes: Any) -> None:
 
 
 def test_a_node_is_killed(two_nodes: Any) -> None:
-    """Its group goes on elsewhere, from its last checkpoint, and ends at the same weights."""
+    """Its group resumes elsewhere, from its last checkpoint, and ends at the same weights."""
     files, out = make_files(4), Path("out")
     (node,) = two_nodes.worker_nodes
 
@@ -210,7 +210,7 @@ def test_a_node_is_killed(two_nodes: Any) -> None:
     again = workers_of(log)[1]
     begun, resumed, ended = lines
     assert begun.endswith(f" process {worker} {log.stem}.training begins at step 0 of 150")
-    step = re.search(rf" process {again} {log.stem}.training goes on from step (\d+) of 150$", resumed)
+    step = re.search(rf" process {again} {log.stem}.training resumes at step (\d+) of 150$", resumed)
     assert step is not None, lines
     assert 10 <= int(step[1]) < 150
     assert ended.endswith(f" process {again} {log.stem}.training ended at step 150 of 150")

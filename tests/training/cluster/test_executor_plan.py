@@ -18,7 +18,8 @@ from helpers.pools import make_adapter, make_expert
 from helpers.training import make_task
 from phatgoose.config import RayConfig
 from phatgoose.errors import ClusterError, ConfigError
-from phatgoose.training.cluster.executor import pending_groups, task_resources, train_on_ray
+from phatgoose.training.cluster.executor import pending_groups, train_on_ray
+from phatgoose.training.cluster.ray_cluster import task_resources
 from phatgoose.training.group.jobs import read_jobs
 
 
@@ -61,6 +62,6 @@ def test_what_a_task_takes() -> None:
 
 
 def test_ray_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phatgoose.training.cluster.executor.find_spec", lambda name: None)
+    monkeypatch.setattr("phatgoose.training.cluster.ray_cluster.find_spec", lambda name: None)
     action = partial(train_on_ray, [tmp_path / "a.jsonl"], tmp_path / "out", "tiny-llama")
     fails(ConfigError, "need Ray", "pip install 'phatgoose[ray]'", action=action)

@@ -51,7 +51,7 @@ def test_a_run_killed_while_it_cleans_up(what: str, has_run_file: bool, tmp_path
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["adapter", "gate"])
 def test_a_killed_run_ends_at_the_same_weights(what: str, tmp_path: Path) -> None:
-    """It goes on with its group as it was, whatever the size of groups is now."""
+    """It resumes with its group as it was, whatever the size of groups is now."""
     if what == "gate":
         for folder in ("whole", "killed"):
             for i in range(3):

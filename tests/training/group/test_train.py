@@ -228,50 +228,6 @@ class JointLinear(torch.nn.Module):
         return self.layer.get_base_layer()(x) + scaling * b(a(x)) * torch.sigmoid((x @ self.gate_I).unsqueeze(-1))
 
 
-def test_joint_gates(tmp_path: Path) -> None:
-    """Adapter and gate end as if Trainer had trained them together, each expert alone."""
-    config = replace(LORA, joint_gates=True)
-    jobs = make_jobs(tmp_path / "many", validation=0)
-    train_adapters(llama(), make_tokenizer(), jobs, config=config, progress=False)
-    for job in jobs:
-        model = llama()
-        encoder = encoder_of(model)
-
-        def collate(rows: Any, encoder: Any = encoder) -> Any:
-            batch = encoder.collate(rows)
-            batch["targets"] = batch.pop("labels")
-            return batch
-
-        with new_lora(model, config) as peft_model:
-            layers = lora_layers(peft_model)
-            for site, layer in layers.items():
-                model.set_submodule(site, JointLinear(layer))
-            rows = [encoder.encode(example) for example in job.examples]
-            make_trainer(
-                peft_model, config, tmp_path / "work", save_steps=10**6, dataset=rows, validation=[], collate=collate
-            ).train()
-            expert, gate = Expert(job.folder), Expert(job.folder).load_gate()
-            loaded = dict(expert.adapter.load())
-            assert gate.keys() == loaded.keys() == layers.keys()
-            for site, layer in layers.items():
-                gate_I = model.get_submodule(site).gate_I
-                assert gate_I.abs().max() > 0
-                torch.testing.assert_close(gate[site], gate_I.detach(), rtol=0, atol=1e-5)
-                torch.testing.assert_close(
-                    loaded[site].b_OR, layer.lora_B["default"].weight.detach(), rtol=0, atol=1e-5
-                )
-                model.set_submodule(site, layer)
-    # the gates are there, so none is trained after the adapters
-    before = files_of(tmp_path / "many")
-    train_gates(llama(), make_tokenizer(), jobs, config=GATE, progress=False)
-    assert files_of(tmp_path / "many") == before
-    fails(
-        ConfigError,
-        "only among many",
-        action=lambda: train_adapter(llama(), make_tokenizer(), jobs[0].examples, tmp_path / "alone", config=config),
-    )
-
-
 def test_gates_of_unlike_adapters(tmp_path: Path) -> None:
     """Other ranks, scales and sites, which one stack pads."""
     options = [{"r": 8}, {"r": 3, "lora_alpha": 5}, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}]

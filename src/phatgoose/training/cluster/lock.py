@@ -1,4 +1,4 @@
-"""A lock that keeps two processes, on whatever machines, from training one group."""
+"""A lock that keeps two processes, on any machines, from training the same group."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ _POLL_S = 5.0
 
 @contextmanager
 def group_lock(path: Path, checkpoints: Sequence[Path], timeout_s: float, log: Path) -> Iterator[None]:
-    """Hold the lock file `path`; wait for it as long as who holds it makes progress.
+    """Hold the lock file `path`; wait for it while its holder makes progress.
 
-    A cluster that cannot reach a machine takes its processes for dead, and
-    starts their jobs again elsewhere; but they may live on. While such a process
-    trains a group, the new one waits: it then finds the group finished, or
-    goes on from the last checkpoint. The system frees the lock of a dead process.
+    A cluster that cannot reach a machine declares its processes dead and restarts
+    their tasks elsewhere, but the processes may still run. As long as one of them
+    trains a group, the new one waits; then it finds the group finished, or resumes
+    from the last checkpoint. The operating system frees the lock of a dead process.
 
-    The file stays: a waiting process would go on to wait for a deleted file, while another makes a new one.
+    The file is never deleted: a process would keep waiting for the deleted file while
+    another creates a new one.
 
     Args:
         path: lock file, in a folder that all machines share.
-        checkpoints: files that whoever holds the lock writes now and then.
+        checkpoints: files that the holder of the lock writes from time to time.
         timeout_s: seconds to wait while none of them changes.
-        log: says who holds it; for the message.
+        log: file that says which process holds the lock; for the error.
 
     Raises:
-        ClusterError: another process holds it, and makes no progress.
+        ClusterError: another process holds the lock and makes no progress.
     """
     lock = FileLock(path)
     seen, since = _state(checkpoints), time.monotonic()
@@ -48,8 +49,8 @@ def group_lock(path: Path, checkpoints: Sequence[Path], timeout_s: float, log: P
                 raise ClusterError(
                     f"another process holds {path}",
                     found=f"no checkpoint of it for {timeout_s:g} seconds",
-                    expected="one that goes on, or ends",
-                    fix=f"end it ({log} says where it runs), and give the command again",
+                    expected="a process that makes progress, or ends",
+                    fix=f"end it ({log} says where it runs), and repeat the command",
                 ) from error
     try:
         yield
@@ -58,7 +59,7 @@ def group_lock(path: Path, checkpoints: Sequence[Path], timeout_s: float, log: P
 
 
 def _state(files: Sequence[Path]) -> list[int | None]:
-    """When each file was changed; None if it is not there."""
+    """When each file was last changed; None for a missing file."""
     return [_changed(file) for file in files]
 
 

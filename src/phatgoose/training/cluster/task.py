@@ -1,6 +1,6 @@
-"""What a machine of a cluster does: it trains the adapters of a group of experts, and then their gates.
+"""A task of one machine of a cluster: train the adapters of a group of experts, then their gates.
 
-Nothing in here knows Ray.
+Nothing here depends on Ray.
 """
 
 from __future__ import annotations
@@ -22,31 +22,34 @@ from phatgoose.training.cluster.lock import group_lock
 from phatgoose.training.group.jobs import TrainingJob, read_jobs
 from phatgoose.training.group.train import train_adapters, train_gates
 from phatgoose.training.group.trainer import CHECKPOINT_FILE
+from phatgoose.training.run import ADAPTER_WORK, GATE_WORK
 
-NOTES = ".ray"  # in the folder of the experts: a lock and a log for each group
+NOTES = ".ray"  # folder beside the experts' folders, with a lock and a log for each group
 
 
 @dataclass(frozen=True, kw_only=True)
 class GroupTask:
-    """A group of experts to train, as it travels: names and paths, neither data nor weights.
+    """A group of experts to train, as it is sent to a machine: names and paths, neither data nor weights.
+
+    The driver is the process that sends it.
 
     Attributes:
-        files: a data file for each expert, absolute; the first one leads the group.
-        out: gets a folder for each expert, absolute.
-        cwd: the driver's, for a base that is a relative path.
-        marker: a file in `out`/NOTES that the driver made.
+        files: a data file for each expert, absolute paths; the first one leads the group.
+        out: folder in which each expert gets its folder, absolute path.
+        cwd: the driver's working folder, for a base model given as a relative path.
+        marker: name of a file in `out`/NOTES that the driver has created.
         version: the driver's version of this package.
-        base: of `load_base`; so are revision and device. Its weights are of the adapters' dtype.
-        revision: of the base.
-        device: None means a GPU if the task has one.
-        split: rows to train on.
-        validation_split: rows to choose checkpoints by; None for none.
-        config: of the adapters.
-        gate_config: of the gates; None for none.
+        base: name of the base model (`load_base`); its weights have the dtype of `config`.
+        revision: revision of the base model's hub repository.
+        device: device of the base model; None for a GPU if the task has one.
+        split: split of the rows to train on.
+        validation_split: split of the rows to choose checkpoints by; None for none.
+        config: settings of the adapters.
+        gate_config: settings of the gates; None to train no gates.
         text: how examples become tokens.
-        batching: how experts are trained over one forward pass.
-        save_dtype: of the numbers on disk.
-        lock_timeout_s: see `group_lock`.
+        batching: how many experts train at once.
+        save_dtype: dtype of the saved tensors.
+        lock_timeout_s: seconds to wait for a lock whose holder makes no progress (`group_lock`).
     """
 
     files: tuple[Path, ...]
@@ -72,7 +75,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         host: name of the machine that it ended on.
-        error: of the user; None if all experts are finished.
+        error: error for the user; None if all experts are finished.
     """
 
     host: str
@@ -80,10 +83,10 @@ class Outcome(NamedTuple):
 
 
 def run_group(task: GroupTask) -> Outcome:
-    """Train a group; go on from its last checkpoint if it was begun elsewhere.
+    """Train a group, or resume it from its last checkpoint if it was begun elsewhere.
 
-    A user's error is returned, not raised: raised, it would come back as
-    another class with another text.
+    An error for the user is returned rather than raised: Ray would wrap a raised one
+    in another class with another text.
     """
     host = socket.gethostname()
     try:
@@ -116,7 +119,7 @@ def _train(task: GroupTask, host: str) -> None:
     jobs = read_jobs(task.files, task.out, task.split, task.validation_split)
     notes = task.out / NOTES
     log = notes / f"{jobs[0].name}.log"
-    checkpoints = [job.work(suffix) / CHECKPOINT_FILE for job in jobs for suffix in (".training", ".gating")]
+    checkpoints = [job.work(suffix) / CHECKPOINT_FILE for job in jobs for suffix in (ADAPTER_WORK, GATE_WORK)]
     with _logging_to(log, host) as logger:
         logger.info("waits for the lock")
         with group_lock(notes / f"{jobs[0].name}.lock", checkpoints, task.lock_timeout_s, log):
@@ -155,7 +158,7 @@ def _train_all(task: GroupTask, jobs: list[TrainingJob]) -> None:
 
 @contextlib.contextmanager
 def _logging_to(path: Path, host: str) -> Iterator[logging.Logger]:
-    """Append what this package logs to a file; the processes that try one group, one after another, share it."""
+    """Append this package's log to a file, which all processes that train one group share."""
     logger = logging.getLogger("phatgoose")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(f"%(asctime)s {host} process {os.getpid()} %(message)s"))

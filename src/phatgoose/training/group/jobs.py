@@ -1,4 +1,4 @@
-"""The experts that one call trains: a job for each."""
+"""Jobs: the experts that one call trains."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phatgoose.data.examples import Example, read_examples
-from phatgoose.errors import ConfigError
-from phatgoose.experts.expert import check_name
+from phatgoose.errors import ConfigError, GateError
+from phatgoose.experts.expert import Expert, check_name
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingJob:
-    """One of several experts to be trained.
+    """One of several experts to train.
 
     Attributes:
-        folder: of the expert; `train_adapters` makes it, `train_gates` wants an
-            adapter in it. Its name is the expert's.
+        folder: the expert's folder, whose name is the expert's. `train_adapters`
+            creates it; `train_gates` needs an adapter in it.
         examples: training data.
         validation: if given, the adapter with the lowest loss on it is kept.
     """
@@ -32,27 +32,27 @@ class TrainingJob:
         return self.folder.name
 
     def work(self, suffix: str) -> Path:
-        """Where the checkpoints of a group that this expert leads are kept."""
+        """Work folder of a group that this expert leads, beside the expert's own folder."""
         return self.folder.with_name(self.name + suffix)
 
 
 def read_jobs(files: Sequence[Path], out: Path, split: str, validation_split: str | None) -> list[TrainingJob]:
-    """A job for each data file, whose stem names the expert.
+    """Make a job for each data file; the file's stem names the expert.
 
     Args:
-        files: .jsonl or .jsonl.gz.
-        out: gets a folder for each.
-        split: rows to train on.
-        validation_split: rows to choose checkpoints by; None for none.
+        files: .jsonl or .jsonl.gz files.
+        out: folder in which each expert gets its folder.
+        split: split of the rows to train on.
+        validation_split: split of the rows to choose checkpoints by; None for none.
 
     Raises:
-        ConfigError: a file has another ending, or a name that no expert can have.
-        DataError: missing, broken or empty; it names the line.
+        ConfigError: a file has another ending, its stem is not a valid name, or two stems are equal.
+        DataError: a file is missing, broken or empty; the error names the line.
     """
     jobs = []
     for file in files:
         if not file.name.endswith((".jsonl", ".jsonl.gz")):
-            raise ConfigError(f"{file} is no data file", expected="a .jsonl or .jsonl.gz file for each expert")
+            raise ConfigError(f"{file} is not a data file", expected="a .jsonl or .jsonl.gz file for each expert")
         jobs.append(
             TrainingJob(
                 folder=out / check_name(file.name.removesuffix(".gz").removesuffix(".jsonl")),
@@ -65,10 +65,32 @@ def read_jobs(files: Sequence[Path], out: Path, split: str, validation_split: st
 
 
 def check_names(jobs: Sequence[TrainingJob]) -> None:
-    """Raise ConfigError if two jobs have one name, or one has a name that no expert can have."""
+    """Raise ConfigError if two jobs have the same name, or one has an invalid name."""
     names = [check_name(job.name) for job in jobs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(
             f"two experts are named {twice[0]!r}", expected="a name for each", fix="rename one of the data files"
         )
+
+
+def has_adapter(job: TrainingJob) -> bool:
+    """Whether a job's adapter is finished.
+
+    Raises:
+        AdapterError: the job's folder holds something else.
+    """
+    return job.folder.exists() and bool(Expert(job.folder))
+
+
+def has_own_gate(job: TrainingJob) -> bool:
+    """Whether a job's expert has a gate that was trained for its adapter.
+
+    Raises:
+        AdapterError: the adapter is missing or damaged.
+    """
+    expert = Expert(job.folder)
+    try:
+        return expert.has_gate and bool(expert.load_gate())
+    except GateError:
+        return False

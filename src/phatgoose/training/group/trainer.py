@@ -1,10 +1,11 @@
-"""Training of several experts at once, which can be killed and goes on when it is started again.
+"""The training loop of a group of experts; a killed one resumes from its checkpoint.
 
-The loss is the sum of the experts' own losses, so that no expert's gradient
-depends on another; AdamW works on each number alone. Each expert ends where
-transformers' Trainer takes it alone.
+The loss is the sum of the experts' own losses, so no expert's gradient depends on
+another, and AdamW treats every value separately. So each expert ends where
+transformers' Trainer would take it alone: the Trainer's settings, order of data and
+schedule of checkpoints are used here too.
 
-Axes: E experts, P numbers of each expert.
+Axes: E experts, P values of each expert.
 """
 
 from __future__ import annotations
@@ -28,25 +29,25 @@ from phatgoose.files import replacing
 from phatgoose.training.group.data import Batch, GroupData
 from phatgoose.training.group.matrix import ExpertMatrix
 from phatgoose.training.group.model import BatchedModel
-from phatgoose.training.run import goes_on
+from phatgoose.training.run import resumes
 
 CHECKPOINT_FILE = "checkpoint.safetensors"
 
 
 class GroupTrainer:
-    """A run of several experts.
+    """Trains the experts of a group. Creating it loads the checkpoint of a run that was killed.
 
     Args:
-        model: with the parameters of `matrix` in its layers.
-        matrix: what is trained.
-        data: of the experts.
+        model: the base model with the parameters of `matrix` in its layers.
+        matrix: the values to train.
+        data: the experts' batches.
         config: settings.
         work: folder of the checkpoint.
-        run: everything that makes this run what it is.
+        run: description of the run (`describe`); only a run with the same one is resumed.
         progress: label of the progress bar; None for none.
 
     Raises:
-        ConfigError: an unfinished run with other settings lies in `work`, or its checkpoint is damaged.
+        ConfigError: `work` holds an unfinished run with other settings, or its checkpoint is damaged.
     """
 
     def __init__(
@@ -78,7 +79,7 @@ class GroupTrainer:
         self._step = 0
         self._best_EP = matrix.master_EP.detach().clone()
         self._best_losses_E = torch.full((len(matrix.master_EP),), torch.inf, device=self._device)
-        if goes_on(work, run):
+        if resumes(work, run):
             self._load()
         for group in self._optimizer.param_groups:
             group["initial_lr"] = config.learning_rate
@@ -90,11 +91,11 @@ class GroupTrainer:
         """Train to the last step.
 
         Returns:
-            What is to be kept, shape (E, P): for an expert with validation data
-            its best checkpoint, for the others the last one.
+            kept_EP: the values of an expert's best checkpoint if it has validation
+            data, else its last values.
         """
         hidden = self._progress is None
-        self._log("goes on from" if self._step else "begins at")
+        self._log("resumes at" if self._step else "begins at")
         with tqdm(total=self.config.steps, initial=self._step, desc=self._progress, disable=hidden, unit="step") as bar:
             for batches in self.data.steps(self._step):
                 losses_E = self.step(batches)
@@ -111,7 +112,7 @@ class GroupTrainer:
         return torch.where(is_best_E1, self._best_EP, self.matrix.master_EP.detach())
 
     def step(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """One optimiser step; returns each expert's loss in it, shape (E,)."""
+        """Take one optimiser step; returns each expert's loss in it (nats per target token), shape (E,)."""
         self.model.train()
         losses_E = torch.zeros(len(self.matrix.master_EP), device=self._device)
         for batch in batches:
@@ -127,7 +128,7 @@ class GroupTrainer:
         logging.getLogger(__name__).info("%s %s step %d of %d", self.work.name, verb, self._step, self.config.steps)
 
     def _backward(self, batch: Batch) -> torch.Tensor:
-        """Add a batch's gradients; returns each expert's share of its step's loss, shape (E,)."""
+        """Add the gradients of one batch; returns its part of each expert's loss, shape (E,)."""
         with self._autocast():
             losses_E: torch.Tensor = self.model(batch)
         losses_E.sum().backward()
@@ -136,8 +137,9 @@ class GroupTrainer:
 
     @torch.no_grad()
     def evaluate(self) -> torch.Tensor:
-        """Each expert's loss on its validation rows, shape (E,): the mean over rows of their batch's loss, as the
-        Trainer has it. NaN for an expert without such rows.
+        """Each expert's validation loss, shape (E,); NaN for an expert without validation rows.
+
+        As in the Trainer, it is the mean over rows of the loss of each row's batch.
         """
         self.model.eval()
         sums_E = torch.zeros(len(self.matrix.master_EP), device=self._device)
@@ -151,7 +153,7 @@ class GroupTrainer:
         return sums_E / num_rows_E
 
     def _due(self) -> TrainerControl:
-        """What the Trainer would do after this step."""
+        """Whether the Trainer would log, evaluate and save after this step."""
         arguments = next((t.args for t in self.data.trainers if t.eval_dataset is not None), self.data.trainers[0].args)
         state = TrainerState(global_step=self._step, max_steps=self.config.steps)
         state.compute_steps(arguments, self.config.steps)
@@ -190,8 +192,8 @@ class GroupTrainer:
             raise ConfigError(
                 f"cannot read {self._checkpoint}",
                 found=str(error),
-                expected="a whole safetensors file",
-                fix=f"delete {self.work} to begin anew",
+                expected="a complete safetensors file",
+                fix=f"delete {self.work} to start over",
             ) from error
         self._step = int(tensors["step"])
         self.matrix.master_EP.data.copy_(tensors["master_EP"])
@@ -213,12 +215,12 @@ class GroupTrainer:
 
 @contextmanager
 def enough_memory(num_experts: int) -> Iterator[None]:
-    """Turn a GPU's lack of memory into a ConfigError."""
+    """Turn torch's OutOfMemoryError into a ConfigError."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"{num_experts} experts at once need more memory than there is",
+            f"{num_experts} experts at once need more memory than the device has",
             found=str(error).splitlines()[0],
             fix="a smaller --experts-at-once or --batch-size",
         ) from error
