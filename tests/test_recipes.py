@@ -9,20 +9,31 @@ import math
 import runpy
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from helpers.data import as_text, make_data, token_ids
+from helpers.checks import fails, files_of
+from helpers.data import as_text, encoder_of, make_data, token_ids
 from helpers.grids import make_grid
 from helpers.models import llama, make_base, make_tokenizer
+from helpers.training import GATE, LORA, make_jobs
 from phatgoose.config import TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.data.examples import Example
+from phatgoose.errors import ConfigError
 from phatgoose.experts.adapter import WEIGHTS_FILE
+from phatgoose.experts.expert import Expert
 from phatgoose.experts.pool import Pool
 from phatgoose.results.reader import read_results
+from phatgoose.training.group.train import train_gates
+from phatgoose.training.lora import lora_layers, new_lora
+from phatgoose.training.run import describe, resumes
+from phatgoose.training.trainer import make_trainer
 
 pytestmark = pytest.mark.slow
 
@@ -106,6 +117,76 @@ def test_demo_score(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0 < sum(right) < len(right)  # else accuracy says nothing
     whole = score(model, encoder, [short, *asked, long], batch_tokens=99)
     assert (whole.accuracy, whole.num_examples, whole.num_choices) == (sum(right) / len(right), 22, 20)
+
+
+class JointLinear(torch.nn.Module):
+    """PEFT's layer with a gate that is trained together with it, after the formula."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self.gate_I = torch.nn.Parameter(torch.zeros(layer.get_base_layer().in_features))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b, scaling = (getattr(self.layer, name)["default"] for name in ("lora_A", "lora_B", "scaling"))
+        return self.layer.get_base_layer()(x) + scaling * b(a(x)) * torch.sigmoid((x @ self.gate_I).unsqueeze(-1))
+
+
+def test_joint_gates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapter and gate end as if Trainer had trained them together, each expert alone."""
+    monkeypatch.syspath_prepend(RECIPES / "ocean")
+    train = partial(importlib.import_module("joint_gates").train_jointly, config=LORA, progress=False)
+    jobs = make_jobs(tmp_path / "many", validation=0)
+    train(llama(), make_tokenizer(), jobs)
+    for job in jobs:
+        model = llama()
+        encoder = encoder_of(model)
+
+        def collate(rows: Any, encoder: Any = encoder) -> Any:
+            batch = encoder.collate(rows)
+            batch["targets"] = batch.pop("labels")
+            return batch
+
+        with new_lora(model, LORA) as peft_model:
+            layers = lora_layers(peft_model)
+            for site, layer in layers.items():
+                model.set_submodule(site, JointLinear(layer))
+            rows = [encoder.encode(example) for example in job.examples]
+            make_trainer(
+                peft_model, LORA, tmp_path / "work", save_steps=10**6, dataset=rows, validation=[], collate=collate
+            ).train()
+            expert, gate = Expert(job.folder), Expert(job.folder).load_gate()
+            loaded = dict(expert.adapter.load())
+            assert gate.keys() == loaded.keys() == layers.keys()
+            for site, layer in layers.items():
+                gate_I = model.get_submodule(site).gate_I
+                assert gate_I.abs().max() > 0
+                torch.testing.assert_close(gate[site], gate_I.detach(), rtol=0, atol=1e-5)
+                torch.testing.assert_close(
+                    loaded[site].b_OR, layer.lora_B["default"].weight.detach(), rtol=0, atol=1e-5
+                )
+                model.set_submodule(site, layer)
+    kept = Expert(jobs[0].folder).load_gate()
+    # the gates are there, so none is trained after the adapters
+    before = files_of(tmp_path / "many")
+    train_gates(llama(), make_tokenizer(), jobs, config=GATE, progress=False)
+    assert files_of(tmp_path / "many") == before
+    settings = json.loads((jobs[0].folder / "gate_config.json").read_text())["settings"]
+    assert settings["training"] == asdict(LORA) | {"joint_gates": True}
+    # a run that was killed between an adapter and its gate has left its work folder
+    (jobs[0].folder / "gate.safetensors").unlink()
+    run = train.func.__globals__["JointRun"](llama(), make_tokenizer(), LORA)
+    work = jobs[0].work(".training")
+    work.mkdir()
+    described = describe(LORA, TextConfig(), llama(), data=None, validation=None, joint_gates=True)
+    described["experts"] = {jobs[0].name: run.describe_job(jobs[0])}
+    (work / "run.json").write_text(json.dumps(described))
+    fails(ConfigError, "joint_gates: True", action=lambda: resumes(work, described | {"joint_gates": False}))
+    train(llama(), make_tokenizer(), jobs)
+    expert = Expert(jobs[0].folder)
+    # alone, the first expert trains as in its group, but for rounding
+    torch.testing.assert_close(expert.load_gate(), kept, rtol=0, atol=1e-5)
+    assert not work.exists()
 
 
 def test_ocean(tmp_path: Path) -> None:

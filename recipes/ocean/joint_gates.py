@@ -58,9 +58,7 @@ class JointRun(AdapterRun):
             layer.gates_EI = matrix.parameters[site + GATE]
         return batched
 
-    def save(
-        self, group: Group, peft_model: PeftModel, job: TrainingJob, values: Mapping[str, torch.Tensor]
-    ) -> None:
+    def save(self, group: Group, peft_model: PeftModel, job: TrainingJob, values: Mapping[str, torch.Tensor]) -> None:
         """Save an adapter and its gate. A run that was killed between them has left the adapter."""
         if not job.folder.exists():
             super().save(group, peft_model, job, values)

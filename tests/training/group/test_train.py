@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from helpers.checks import assert_close, fails, files_of
+from helpers.checks import assert_close
 from helpers.data import encoder_of
 from helpers.models import MODELS, ModelFactory, llama, make_tokenizer, t5
 from helpers.pools import make_adapter
 from helpers.training import GATE, LORA, SIZES, make_jobs
 from phatgoose.config import AdapterTrainingConfig, BatchingConfig
-from phatgoose.errors import ConfigError
 from phatgoose.experts.expert import Expert
 from phatgoose.training.group.data import GroupData
 from phatgoose.training.group.jobs import TrainingJob
@@ -213,19 +212,6 @@ def test_an_adapted_output_head(tmp_path: Path) -> None:
         alone = tmp_path / "alone" / job.name
         train_adapter(llama(), make_tokenizer(), job.examples, alone, config=config, validation=job.validation)
         assert_same_adapters(job.folder, alone)
-
-
-class JointLinear(torch.nn.Module):
-    """PEFT's layer with a gate that is trained together with it, after the formula."""
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.layer = layer
-        self.gate_I = torch.nn.Parameter(torch.zeros(layer.get_base_layer().in_features))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        a, b, scaling = (getattr(self.layer, name)["default"] for name in ("lora_A", "lora_B", "scaling"))
-        return self.layer.get_base_layer()(x) + scaling * b(a(x)) * torch.sigmoid((x @ self.gate_I).unsqueeze(-1))
 
 
 def test_gates_of_unlike_adapters(tmp_path: Path) -> None:
