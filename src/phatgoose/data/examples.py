@@ -1,4 +1,4 @@
-"""Training and evaluation examples, read from jsonl files or `datasets`."""
+"""Examples for training and evaluation, read from jsonl files or with the `datasets` library."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from phatgoose.errors import DataError
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training or evaluation example.
+    """One example: a prompt and its answer.
 
     Attributes:
         input: the prompt.
-        target: what the model should answer.
-        choices: all possible answers, if there is a fixed list.
+        target: the answer that the model should give.
+        choices: all possible answers; None if answers are free text.
     """
 
     input: str
@@ -29,16 +29,22 @@ class Example:
 
 
 def read_examples(source: str, split: str | None = None) -> list[Example]:
-    """Read a jsonl file, or a dataset by name.
+    """Read examples from a jsonl file, or a dataset by its name.
 
     Args:
-        source: path of a .jsonl or .jsonl.gz file whose lines have `input`,
-            `target` and, if they like, `choices` and `split`; or the name of a
-            dataset for `datasets`, as `name` or `name:config`, with those columns.
-        split: only these rows. In a file, rows without a `split` always count.
+        source: path of a .jsonl or .jsonl.gz file, whose lines are objects with the
+            strings `input` and `target` and optionally `choices` (a list of strings)
+            and `split`; or a dataset with these columns, as `name` or `name:config`,
+            for the `datasets` library.
+        split: read only rows of this split. Rows of a file without `split` belong to
+            every split. None reads all rows of a file, or a dataset's "train".
+
+    Returns:
+        At least one example, in the order of the source.
 
     Raises:
-        DataError: missing, broken or empty; it names the line.
+        DataError: the source is missing, broken (the error names the line) or has no
+            such rows, or `datasets` is needed and not installed.
     """
     if source.endswith((".jsonl", ".jsonl.gz")):
         examples = list(_read_jsonl(Path(source), split))
@@ -50,7 +56,7 @@ def read_examples(source: str, split: str | None = None) -> list[Example]:
 
 
 def fingerprint(examples: Sequence[Example]) -> str:
-    """sha256 over all examples in order, so that a gate can say what it was trained on."""
+    """sha256 of all examples in order, as recorded with every gate and prototype."""
     digest = hashlib.sha256()
     for example in examples:
         digest.update(json.dumps([example.input, example.target, example.choices]).encode())
@@ -58,13 +64,13 @@ def fingerprint(examples: Sequence[Example]) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Read a .jsonl or .jsonl.gz file.
+    """Read the objects of a .jsonl or .jsonl.gz file; empty lines are skipped.
 
     Yields:
-        Where a row stands, for messages, and the row. Empty lines do not count.
+        The place of a row for error messages ("FILE, line 3"), and the row.
 
     Raises:
-        DataError: missing or broken; it names the line.
+        DataError: the file is missing, or a line is broken; the error names it.
     """
     if not path.is_file():
         raise DataError(f"no data file {path}", expected="a .jsonl or .jsonl.gz file", fix="check the path")
@@ -95,7 +101,7 @@ def _parse_line(path: Path, number: int, line: str) -> dict[str, Any]:
             f"{path}, line {number} is not JSON",
             found=f"{line.strip()[:60]!r}: {error.msg}",
             expected='{"input": "...", "target": "..."}',
-            fix="mend or delete the line",
+            fix="correct or delete the line",
         ) from error
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number} is not an object", found=type(row).__name__, expected="a JSON object")
@@ -113,7 +119,7 @@ def _example(where: str, row: dict[str, Any]) -> Example:
             )
     choices = row.get("choices")
     if choices is not None and not (isinstance(choices, list) and all(isinstance(c, str) for c in choices)):
-        raise DataError(f"{where} has odd choices", found=repr(choices)[:60], expected="a list of strings, or null")
+        raise DataError(f"{where} has invalid choices", found=repr(choices)[:60], expected="a list of strings, or null")
     return Example(input=row["input"], target=row["target"], choices=tuple(choices) if choices else None)
 
 
@@ -122,7 +128,7 @@ def _read_dataset(source: str, split: str) -> list[Example]:
         import datasets
     except ImportError as error:
         raise DataError(
-            f"{source} is no .jsonl file, and `datasets` is not installed", fix="pip install 'phatgoose[datasets]'"
+            f"{source} is not a .jsonl file, and `datasets` is not installed", fix="pip install 'phatgoose[datasets]'"
         ) from error
     name, _, config = source.partition(":")
     try:

@@ -1,1 +1,1 @@
-"""Answers and losses of a model."""
+"""A model's answers (generation) and its loss on given answers (scoring), in batches."""

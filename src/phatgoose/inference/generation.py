@@ -1,4 +1,4 @@
-"""Texts through a model: its answers, token by token, and the routing.
+"""Generation: a model's answers to prompts, alone or in batches, and the routing of an answer.
 
 Axes: B sequences, S positions.
 """
@@ -21,12 +21,12 @@ from phatgoose.routing.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a model made of a prompt.
+    """A model's answer to a prompt.
 
     Attributes:
-        prompt_ids: as the model read them.
-        answer_ids: as it wrote them, up to and with EOS if it came.
-        text: the answer, without special tokens.
+        prompt_ids: token ids of the prompt as the model reads it.
+        answer_ids: token ids of the answer, including EOS if the model ended it.
+        text: the answer as text, without special tokens and surrounding white space.
     """
 
     prompt_ids: list[int]
@@ -35,7 +35,7 @@ class Answer:
 
 
 def answer(model: Any, encoder: Encoder, text: str, config: GenerationConfig) -> Answer:
-    """Generate an answer to one prompt with a model of transformers or a RoutedModel."""
+    """Generate an answer to one prompt; see `answers`."""
     set_seed(config.seed)
     return _generate(model, encoder, [encoder.prompt(text)], config)[0]
 
@@ -50,39 +50,39 @@ def answers(
     on_batch: Callable[[int], object] | None = None,
     without: Sequence[Sequence[str]] = (),
 ) -> list[Answer]:
-    """Generate answers to many prompts, in batches of prompts of like length.
+    """Generate answers to many prompts, in batches of prompts of similar length.
 
-    Which prompts share a batch changes nothing but rounding. Drawn answers
-    (`config.sample`) would depend on it, so they are made one by one, each with
-    the same seed.
+    Which prompts share a batch changes answers by rounding only. Sampled answers
+    (`config.sample`) would depend on the batch, so each is generated alone, with the
+    same seed.
 
     Args:
-        model: a model of transformers, or a RoutedModel.
-        encoder: of the base model.
+        model: a transformers model or a RoutedModel.
+        encoder: the base model's encoder.
         texts: the prompts.
-        config: of every answer.
-        batch_tokens: positions of a batch when its answers are complete,
-            padding and beams included; one prompt at least.
-        on_batch: called with the number of prompts of each finished batch.
-        without: for each text, the experts that are masked for it (`RoutedModel.prompts`); nothing for none.
+        config: length, beams and sampling of every answer.
+        batch_tokens: most positions of a batch with complete answers, padding and beams
+            included; a batch has at least one prompt.
+        on_batch: called after each batch with its number of prompts.
+        without: names of the experts to mask, for each text (see `RoutedModel.prompts`); empty to mask none.
 
     Returns:
-        One answer a text, in the order of `texts`.
+        One answer for each text, in the order of `texts`.
     """
     prompts = encoder.prompts(texts)
     lengths = [len(prompt) + config.max_new_tokens for prompt in prompts]
     beams = [config.num_beams] * len(prompts)
-    by_number: dict[int, Answer] = {}
-    for numbers in by_length(
+    answer_of: dict[int, Answer] = {}
+    for indices in by_length(
         lengths, num_sequences=beams, max_positions=batch_tokens, max_items=1 if config.sample else None
     ):
         set_seed(config.seed)
-        masked = [without[i] for i in numbers] if without else ()
-        written = _generate(model, encoder, [prompts[i] for i in numbers], config, masked)
-        by_number.update(zip(numbers, written, strict=True))
+        masked = [without[i] for i in indices] if without else ()
+        written = _generate(model, encoder, [prompts[i] for i in indices], config, masked)
+        answer_of.update(zip(indices, written, strict=True))
         if on_batch is not None:
-            on_batch(len(numbers))
-    return [by_number[i] for i in range(len(prompts))]
+            on_batch(len(indices))
+    return [answer_of[i] for i in range(len(prompts))]
 
 
 def _generate(
@@ -92,7 +92,7 @@ def _generate(
     config: GenerationConfig,
     without: Sequence[Sequence[str]] = (),
 ) -> list[Answer]:
-    # a decoder-only model goes on from the last position, which must be the prompt's own
+    # A decoder-only model continues from the last position, which must not be padding
     left = not encoder.encoder_decoder
     input_ids_BS = pad(prompts, encoder.pad_id, left=left).to(model.device)
     with routed_prompts(model, prompts, without):
@@ -105,7 +105,7 @@ def _generate(
             eos_token_id=encoder.eos_id,
             pad_token_id=encoder.pad_id,
         )
-    # an encoder-decoder model's output begins with its start token, a decoder-only model's with the prompt
+    # An encoder-decoder model's output begins with its start token, a decoder-only model's with the prompt
     begin = 1 if encoder.encoder_decoder else input_ids_BS.shape[1]
     written = []
     for prompt_ids, output_ids in zip(prompts, output_ids_BS.tolist(), strict=True):
@@ -117,7 +117,7 @@ def _generate(
 
 
 def traced_answer(model: RoutedModel, encoder: Encoder, text: str, config: GenerationConfig) -> tuple[Answer, Trace]:
-    """`answer`, and the routing of every token that the model read (all but the last that it wrote)."""
+    """`answer` with the routing of every token that the model reads: all but the last one of the answer."""
     with model.trace() as trace:
         written = answer(model, encoder, text, config)
     return written, trace

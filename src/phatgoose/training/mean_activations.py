@@ -133,8 +133,8 @@ def mean_activations(
     rows = encoder.encode_all(examples)
     lengths = [len(row["input_ids"]) for row in rows]
     with replaced_layers(model, layers):
-        for numbers in by_length(lengths, max_items=batch_size, shortest_first=True):
-            batch = {name: ids.to(model.device) for name, ids in encoder.collate([rows[i] for i in numbers]).items()}
+        for indices in by_length(lengths, max_items=batch_size, shortest_first=True):
+            batch = {name: ids.to(model.device) for name, ids in encoder.collate([rows[i] for i in indices]).items()}
             weights_of = _token_weights(batch, encoder)
             for layer in layers.values():
                 layer.weights_BS = weights_of[layer.stream]

@@ -41,7 +41,7 @@ def resumes(work: Path, run: dict[str, Any]) -> bool:
 
     Args:
         work: folder of the checkpoints; created if it is missing.
-        run: what `describe` returned; written to run.json of a new run.
+        run: description of the run (`describe`); a new run writes it to run.json.
 
     Raises:
         ConfigError: the unfinished run has other settings.

@@ -16,7 +16,8 @@ from phatgoose.config import BatchingConfig, GateConfig
 from phatgoose.data.encoder import IGNORED, Encoder
 from phatgoose.data.examples import Example
 from phatgoose.errors import ConfigError
-from phatgoose.training.group.data import Batch, GroupData, assemble, encode_rows
+from phatgoose.training.group.batch import Batch, assemble, encode_rows
+from phatgoose.training.group.data import GroupData
 from phatgoose.training.group.jobs import TrainingJob, check_names, read_jobs
 from phatgoose.training.group.model import needs_mask
 from phatgoose.training.group.plan import training_groups

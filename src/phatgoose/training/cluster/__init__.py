@@ -1,1 +1,1 @@
-"""Groups of experts trained on a Ray cluster."""
+"""Groups of experts on the machines of a Ray cluster: a task for each (task), locked (lock), sent by executor."""

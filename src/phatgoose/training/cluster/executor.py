@@ -67,7 +67,7 @@ def train_on_ray(
         split: split of the rows to train on.
         validation_split: split of the rows to choose adapters' checkpoints by; None for none.
         device: device of the base model; None for a GPU if the task has one.
-        cluster: the cluster, and what each group takes of it.
+        cluster: address of the cluster, and resources that each group takes.
         progress: whether to show a bar, and a line for each group that ends.
 
     Returns:

@@ -92,7 +92,7 @@ def run_tasks(ray: Any, tasks: Mapping[str, GroupTask], cluster: RayConfig, *, p
     Args:
         ray: the module, connected to a cluster.
         tasks: label -> task.
-        cluster: what each task takes of the cluster.
+        cluster: resources that each task takes.
         progress: whether to show a bar, and a line for each task that ends.
 
     Returns:

@@ -1,9 +1,9 @@
-"""What is trained of several experts, as one matrix with a row for each.
+"""The trained values of several experts, as one matrix with a row for each expert.
 
-So the norm of each expert's gradient, AdamW and a checkpoint are a few calls,
-however many sites there are, and nothing of one expert touches another's.
+So the norms of the experts' gradients, AdamW and a checkpoint take a few calls,
+however many sites there are, and no expert's values depend on another's.
 
-Axes: E experts, P numbers of each expert.
+Axes: E experts, P values of each expert.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import nn
 
 
 class ExpertMatrix:
-    """The numbers in fp32, and views of them as parameters for the arithmetic.
+    """The values in fp32, and the parameters that layers compute with.
 
     Args:
         initial: name -> initial values, shape (E, ...).
-        dtype: of the arithmetic. Gradients are rounded to it, as autocast does.
+        dtype: dtype of the parameters. Gradients are rounded to it, as under autocast.
 
     Attributes:
-        master_EP: the numbers, fp32; its gradient is that of all parameters.
-        parameters: name -> parameter of shape (E, ...) in `dtype`.
+        master_EP: the values, fp32; its gradient holds those of all parameters.
+        parameters: name -> parameter, shape (E, ...), in `dtype`: a view of `master_EP`
+            if that is fp32, else of a copy.
     """
 
     def __init__(self, initial: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
@@ -37,18 +38,18 @@ class ExpertMatrix:
         self.parameters = {name: nn.Parameter(view) for name, view in views.items()}
 
     def split(self, values_EP: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Name -> view of shape (E, ...) of a matrix like `master_EP`."""
+        """Name -> view, shape (E, ...), of a matrix shaped like `master_EP`."""
         lengths = [math.prod(shape[1:]) for shape in self._shapes.values()]
         parts = values_EP.split(lengths, dim=1)
-        # of a part's (E, rank * features) a view always exists, whatever the rows' distance
+        # Splitting the last axis of a part always gives a view, whatever the stride of its rows
         return {name: part.view(shape) for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)}
 
     @torch.no_grad()
     def take_gradients(self) -> None:
-        """After a backward pass: move the parameters' gradients to the master's, adding them."""
+        """After a backward pass: add the parameters' gradients to the master's, and clear them."""
         assert self.master_EP.grad is not None
         gradients = [
-            torch.zeros_like(p) if p.grad is None else p.grad  # a layer that the model has, but does not call
+            torch.zeros_like(p) if p.grad is None else p.grad  # None for a layer that the model never calls
             for p in self.parameters.values()
         ]
         self.master_EP.grad += torch.cat([gradient.flatten(1) for gradient in gradients], dim=1)
@@ -57,14 +58,14 @@ class ExpertMatrix:
 
     @torch.no_grad()
     def clip_gradients(self, most: float) -> None:
-        """Scale each expert's gradient to a norm of at most `most`, as torch's clip_grad_norm_ does."""
+        """Scale down each expert's gradient to a norm of at most `most`, as torch's clip_grad_norm_ does."""
         assert self.master_EP.grad is not None
         norms_E1 = self.master_EP.grad.norm(dim=1, keepdim=True)
         self.master_EP.grad *= (most / (norms_E1 + 1e-6)).clamp(max=1)
 
     @torch.no_grad()
     def finish_step(self) -> None:
-        """After a step of the optimiser: give the parameters the new numbers, and the master no gradient."""
+        """After an optimiser step: copy the new values to the parameters, and clear the master's gradient."""
         assert self.master_EP.grad is not None
         self.master_EP.grad.zero_()
         if self._copy_EP is not None:

@@ -1,8 +1,7 @@
-"""The LoRAs of several experts over one forward pass of the base model.
+"""The LoRAs of several experts in one forward pass of the base model.
 
-A batch's sequences are ordered by expert, as many for each, so that the
-experts' updates are two batched products on a view: nothing is gathered, and
-no loop goes over experts.
+A batch's sequences are ordered by expert, equally many for each, so the experts'
+updates are two batched products on a view: no gather, and no loop over experts.
 
 Axes: E experts, B = E * rows sequences, S positions, N tokens of each expert,
 M target tokens of all experts, I in-features, O out-features, R rank, V vocabulary.
@@ -22,20 +21,21 @@ from transformers import PreTrainedModel
 from phatgoose.data.encoder import IGNORED
 from phatgoose.errors import BaseModelError
 from phatgoose.models.wrapped import WrappedLinear, replace_layers
-from phatgoose.training.group.data import Batch
+from phatgoose.training.group.batch import Batch
 
 
 class BatchedLora(WrappedLinear):
-    """A frozen linear layer and a LoRA of each expert, with or without gates.
+    """A frozen linear layer and a LoRA for each expert, with or without gates.
 
-    y = W u + scaling * B A u, and with gates y = W u + scaling * B A u * sigmoid(v . u).
+        y = W u + scaling * B A u                       without gates
+        y = W u + scaling * B A u * sigmoid(v . u)      with gates (paper section 3.1)
 
     Args:
         base: the linear layer.
-        a_ERI: down-projections.
-        b_ERO: up-projections, transposed.
-        scaling: LoRA's, the same for all experts.
-        gates_EI: the gates' v; None for none.
+        a_ERI: down-projections A.
+        b_ERO: up-projections B, transposed.
+        scaling: LoRA's scaling, the same for all experts.
+        gates_EI: gate vectors v; None for no gates.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class BatchedLora(WrappedLinear):
         self.scaling = scaling
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x of shape (B, positions, I) -> (B, positions, O), in the dtype that the base layer gives."""
+        """x of shape (B, S, I) -> (B, S, O), in the dtype of the base layer's output."""
         if x.dim() != 3:
             raise BaseModelError(
                 "many experts cannot be trained at once on this base model",
-                found=f"a layer that is called with an input of shape {tuple(x.shape)}",
-                expected="(sequences, positions, features), which say whose token is whose",
+                found=f"a layer whose input has shape {tuple(x.shape)}",
+                expected="(sequences, positions, features), which tells which token belongs to which expert",
                 fix="train one expert at a time: phatgoose train, phatgoose gate",
             )
         y: torch.Tensor = self.base(x)
@@ -67,24 +67,24 @@ class BatchedLora(WrappedLinear):
         x_ENI = x.reshape(num_experts, -1, x.shape[-1])
         h_ENR = torch.bmm(x_ENI.to(self.a_ERI.dtype), self.a_ERI.transpose(1, 2))
         if self.gates_EI is not None:
-            # as in GatedLinear: a product and a sum, which autocast leaves in fp32
+            # As in GatedLinear: a product and a sum, which autocast leaves in fp32
             opening_EN1 = torch.sigmoid((x_ENI.float() * self.gates_EI.unsqueeze(1)).sum(dim=-1, keepdim=True))
             h_ENR = (h_ENR * opening_EN1).to(h_ENR.dtype)
-        # A sum of its own, not baddbmm: a compiler makes it a part of what comes next
+        # A separate sum rather than baddbmm: the compiler fuses it with the operation that follows
         update = torch.bmm(h_ENR, self.b_ERO).view(y.shape)
         return torch.add(y, update, alpha=self.scaling).to(y.dtype)
 
 
 class TargetHead(nn.Module):
-    """An output head that is applied only where target tokens are predicted.
+    """An output head that computes logits only where target tokens are predicted.
 
-    (B, S, V) logits would take more memory and time than the rest of the model.
+    Logits of shape (B, S, V) would take more memory and time than the rest of the model.
 
     Args:
         head: the model's output layer.
 
     Attributes:
-        positions_M: of the next call: which of its B * S positions to take.
+        positions_M: the positions that the next call computes, indices into its B * S.
     """
 
     positions_M: torch.Tensor
@@ -100,27 +100,27 @@ class TargetHead(nn.Module):
 
     @property
     def weight(self) -> Any:
-        """The head's weight."""
+        """Weight of the head."""
         return self.head.weight
 
     @property
     def bias(self) -> Any:
-        """The head's bias."""
+        """Bias of the head."""
         return self.head.bias
 
 
 class BatchedModel(nn.Module):
-    """A base model with `BatchedLora`s; `unwrap` puts back what was there.
+    """A base model with `BatchedLora`s in place of its layers; `unwrap` restores it.
 
     Args:
-        model: the base model, frozen by this.
-        layers: site -> what takes the place of its layer; at least one.
+        model: the base model; frozen from now on.
+        layers: site -> the layer to put there; at least one.
 
     Attributes:
-        adapts_head: whether the output head is among the sites; see `assemble`'s `equal_targets`.
+        adapts_head: whether the output head is among the sites (`equal_targets` of `assemble`).
 
     Raises:
-        BaseModelError: the model has no output head of its own.
+        BaseModelError: the model has no output head.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Mapping[str, BatchedLora]) -> None:
@@ -141,29 +141,29 @@ class BatchedModel(nn.Module):
         self._replace({name: self.head})
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Each expert's weighted cross-entropy, fp32, shape (E,)."""
+        """Each expert's cross-entropy (nats), summed over its targets and times its weight; fp32, shape (E,)."""
         self.head.positions_M = batch.positions_M
         logits_1MV = self.model(**batch.inputs, use_cache=False).logits
         losses_M = F.cross_entropy(
             logits_1MV.squeeze(0).float(), batch.targets_M, reduction="none", ignore_index=IGNORED
         )
-        # not index_add, whose sums depend on chance on a GPU
+        # Not index_add, whose sums vary between runs on a GPU
         experts_E1 = torch.arange(len(batch.weights_E), device=losses_M.device).unsqueeze(1)
         losses_EM = torch.where(batch.experts_M == experts_E1, losses_M, 0.0)
         return losses_EM.sum(dim=1) * batch.weights_E
 
     @contextmanager
     def compiled(self) -> Iterator[None]:
-        """Compile the blocks that the model repeats (torch.compile): one block's code serves all of them."""
+        """Compile the model's repeated blocks (torch.compile); all blocks of one class share the compiled code."""
         kinds = set(self.model._no_split_modules or ())
         blocks = {name: module for name, module in self.model.named_modules() if type(module).__name__ in kinds}
         self._replace({name: torch.compile(block) for name, block in blocks.items()})  # type: ignore[misc]
-        # Kinds of blocks x shapes x training and evaluation; beyond the limit blocks would run uncompiled
+        # One for each class of block, shape, and training or evaluation; past the limit, blocks run uncompiled
         with torch._dynamo.config.patch(recompile_limit=64):
             yield
 
     def unwrap(self) -> PreTrainedModel:
-        """Put the replaced layers back and return the base model."""
+        """Put the base model's own layers back and return it."""
         while self._before:
             replace_layers(self.model, self._before.pop())
         return self.model
@@ -173,10 +173,10 @@ class BatchedModel(nn.Module):
 
 
 def needs_mask(model: PreTrainedModel) -> bool:
-    """Whether a model must be told where padding on the right is.
+    """Whether a model needs an attention mask although padding is on the right.
 
-    Where every attention looks back only, padding is seen by nothing but
-    padding, and attention without a mask is faster.
+    If every attention layer is causal, only padding attends to padding, and
+    attention without a mask is faster.
     """
     if not getattr(model.config, "is_causal", True):
         return True

@@ -125,7 +125,7 @@ class GroupRun(ABC):
 
         Args:
             group: the experts.
-            matrix: what is trained.
+            matrix: the values to train.
             layers: site -> the layer to put there, with parameters of `matrix`.
 
         Returns:
@@ -153,7 +153,7 @@ class GroupRun(ABC):
         Args:
             group: the experts.
             matrix: knows the names and shapes of the values.
-            kept_EP: what `fit` returned.
+            kept_EP: the values to save, from `fit`.
             save: saves an expert, given its own values by name.
 
         Returns:

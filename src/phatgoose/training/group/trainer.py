@@ -26,7 +26,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 from phatgoose.config import OptimizerConfig
 from phatgoose.errors import ConfigError
 from phatgoose.files import replacing
-from phatgoose.training.group.data import Batch, GroupData
+from phatgoose.training.group.batch import Batch
+from phatgoose.training.group.data import GroupData
 from phatgoose.training.group.matrix import ExpertMatrix
 from phatgoose.training.group.model import BatchedModel
 from phatgoose.training.run import resumes
