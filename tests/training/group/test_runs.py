@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
-        patch.setattr("phatgoose.training.group.train.save_lora", full_disk)
+        patch.setattr("phatgoose.training.group.adapters.save_lora", full_disk)
         train()
     (checkpoint,) = tmp_path.glob("*.training/checkpoint.safetensors")
     whole = checkpoint.read_bytes()
@@ -198,7 +198,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert files_of(Path("experts")) == before
     for extra, message in (
         (["lost.jsonl"], "no data file lost.jsonl"),
-        (["a.csv"], "a.csv is no data file"),
+        (["a.csv"], "a.csv is not a data file"),
         (["a.jsonl"], "two experts are named 'a'"),
         (["--experts-at-once", 0], "experts_at_once must be at least 1"),
         (["--gate-steps", 0], "steps must be at least 1"),
