@@ -47,7 +47,7 @@ def replace_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[st
     Raises:
         AttributeError: `model` has no module of some name. Nothing has changed then.
     """
-    before = {name: model.get_submodule(name) for name in reversed(layers)}
+    before = {name: model.get_submodule(name) for name in reversed(list(layers))}
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     return before
