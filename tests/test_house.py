@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,9 +22,10 @@ CHANGES = ("add", "append", "clear", "extend", "insert", "pop", "popitem", "remo
 LEANS = r"(of|that|likewise|whose)\b"
 
 
-def trees(folder: Path) -> Iterator[tuple[Path, ast.Module]]:
-    for path in sorted(folder.rglob("*.py")):
-        yield path.relative_to(folder), ast.parse(path.read_text(encoding="utf-8"))
+@cache
+def trees(folder: Path) -> list[tuple[Path, ast.Module]]:
+    files = sorted(folder.rglob("*.py"))
+    return [(path.relative_to(folder), ast.parse(path.read_text(encoding="utf-8"))) for path in files]
 
 
 def nodes(folder: Path, *kinds: type[ast.AST]) -> Iterator[tuple[str, Any]]:

@@ -39,6 +39,9 @@ SCORE_ERROR = {torch.float32: 4e-6, torch.bfloat16: 2**-15, torch.float16: 4e-6}
 SHAPES = [
     Shape(tokens=1, top_k=1, experts=1, rank=4, inputs=5, outputs=3),
     Shape(tokens=1, top_k=2, experts=2, rank=8, inputs=16, outputs=24),
+]
+# the interpreter takes seconds for each
+LARGER_SHAPES = [
     Shape(tokens=3, top_k=2, experts=166, rank=16, inputs=1030, outputs=40),
     Shape(tokens=17, top_k=3, experts=166, rank=4, inputs=72, outputs=130),
     Shape(tokens=17, top_k=8, experts=8, rank=24, inputs=33, outputs=11),
@@ -144,7 +147,7 @@ def check(kernel: str, shape: Shape, dtype: torch.dtype) -> None:
     check_y(y_NO, layer, choice)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, *(pytest.param(s, marks=pytest.mark.slow) for s in LARGER_SHAPES)], ids=str)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_shapes(kernel: str, shape: Shape) -> None:
     check(kernel, shape._replace(tokens=33) if kernel == "few" and shape.tokens > 33 else shape, torch.float32)

@@ -130,6 +130,7 @@ def test_prototypes_add_up(dtype: torch.dtype) -> None:
     torch.testing.assert_close(gate_sums_E.double(), found_EI.sum(1), rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 def test_fused_layer_is_the_layer() -> None:
     """One operator in place of router and mixing: same output, same record, also compiled as one graph."""
@@ -149,6 +150,7 @@ def test_fused_layer_is_the_layer() -> None:
             torch.testing.assert_close(fused(x), plain.base(x))  # nobody was left
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["auto", "gather", "grouped", "dense", "triton"])
 def test_compiles_as_one_graph(backend: kernels.Backend) -> None:
@@ -175,6 +177,7 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
     assert make_linear("auto").backend == "auto"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [True, False])
 def test_base_layer_inside_the_operator(inside: bool) -> None:
