@@ -57,21 +57,17 @@ def record(
     from phatgoose.evaluation.methods import parse_methods
     from phatgoose.experts.checks import check_base_name
     from phatgoose.experts.pool import Pool
-    from phatgoose.models.base import load_base, load_tokenizer, placement
     from phatgoose.routing.model import RoutedModel
 
     opened = Pool.open(pool)
-    name = check_base_name(pool, opened.base, base)
+    check_base_name(pool, opened.base, base)
     method = parse_methods([router], opened)[0]
     if method.router is None or method.router.expert is not None:
         raise ConfigError(f"{router!r} routes nothing", expected="a router over the whole pool")
     tasks = load_suites(suite, opened, data=data, task=task, limit=config.limit, skip_missing=skip_missing)
-    dtype, device = placement(dtype, device)
     set_seed(config.seed)
-    loaded = load_base(name, opened.base.revision, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(name, opened.base.revision)
-    model = RoutedModel.from_pool(loaded, opened, tokenizer=tokenizer, **asdict(method.router))
-    encoder = Encoder(tokenizer, loaded.config, text)
+    model = RoutedModel.from_pool(base, opened, dtype=dtype, device=device, **asdict(method.router))
+    encoder = Encoder(model.tokenizer, model.config, text)
     there = record_tasks(model, encoder, tasks, method, config, out)
     typer.echo(f"{len(tasks)} tasks, {there} of them there already", err=True)
     typer.echo(f"recording: {out}\nnext: phatgoose analyse {out} --out FOLDER")

@@ -113,18 +113,9 @@ def token_table(routing: dict[str, Any]) -> Table:
 def _load(
     folder: Path, base: str | None, router: RouterConfig, text: TextConfig, dtype: Dtype | None, device: str | None
 ) -> tuple[RoutedModel, Encoder]:
-    """The routed model and its encoder; what can be checked without the weights is checked first."""
+    """The routed model of a pool, and the encoder of its prompts."""
     from phatgoose.data.encoder import Encoder
-    from phatgoose.experts.checks import check_base_name
-    from phatgoose.experts.pool import Pool
-    from phatgoose.models.base import load_base, load_tokenizer
-    from phatgoose.routers import check_pool
     from phatgoose.routing.model import RoutedModel
 
-    pool = Pool.open(folder)
-    check_pool(pool, router)
-    name = check_base_name(folder, pool.base, base)
-    loaded = load_base(name, pool.base.revision, dtype=dtype, device=device)
-    tokenizer = load_tokenizer(name, pool.base.revision)
-    model = RoutedModel.from_pool(loaded, pool, tokenizer=tokenizer, **asdict(router))
-    return model, Encoder(tokenizer, loaded.config, text)
+    model = RoutedModel.from_pool(base, folder, dtype=dtype, device=device, **asdict(router))
+    return model, Encoder(model.tokenizer, model.config, text)

@@ -8,7 +8,6 @@ after that import.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,14 +15,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from phatgoose.config import Dtype, EvaluationConfig, GenerationConfig, RouterConfig, TextConfig
+from phatgoose.config import Dtype, EvaluationConfig, GenerationConfig, TextConfig
 from phatgoose.data.encoder import Encoder
-from phatgoose.experts.checks import check_base_name
-from phatgoose.experts.pool import Pool
 from phatgoose.inference.generation import answers
 from phatgoose.inference.scoring import routed_prompts, target_losses, target_scores
-from phatgoose.models.base import load_base, load_tokenizer
-from phatgoose.routers import check_pool
 from phatgoose.routing.model import RoutedModel
 
 Progress = Callable[[int], object]
@@ -162,15 +157,10 @@ class PoolLM(RoutedLM):
         **options: Any,
     ) -> None:
         text_options = {name: options.pop(name) for name in TextConfig.__dataclass_fields__ if name in options}
-        opened = Pool.open(Path(pool))
-        check_pool(opened, RouterConfig.of(**options))
         if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
             device = "cpu"
-        name = check_base_name(opened.folder, opened.base, base)
-        loaded = load_base(name, opened.base.revision, dtype=dtype, device=device)
-        tokenizer = load_tokenizer(name, opened.base.revision)
-        model = RoutedModel.from_pool(loaded, opened, tokenizer=tokenizer, **options)
-        encoder = Encoder(tokenizer, loaded.config, TextConfig(**text_options))
+        model = RoutedModel.from_pool(base, pool, dtype=dtype, device=device, **options)
+        encoder = Encoder(model.tokenizer, model.config, TextConfig(**text_options))
         super().__init__(
             model, encoder, batch_tokens=batch_tokens, batch_size=batch_size, max_batch_size=max_batch_size
         )
