@@ -1,4 +1,7 @@
-"""transformers' Trainer with this package's loss and settings; `run_trainer` resumes a killed run.
+"""transformers' Trainer with this package's loss and settings.
+
+`run_trainer` trains one adapter or gate. A killed run resumes there, from the
+`last_checkpoint` of its work folder (phatgoose.training.run says which folder).
 
 Axes: B sequences, S positions, V vocabulary.
 """

@@ -1,4 +1,7 @@
-"""The training loop of a group of experts; a killed one resumes from its checkpoint.
+"""The training loop of a group of experts.
+
+A killed run resumes when `GroupTrainer` is created, from the checkpoint in its work
+folder (phatgoose.training.run says which folder).
 
 The loss is the sum of the experts' own losses, so no expert's gradient depends on
 another, and AdamW treats every value separately. So each expert ends where
