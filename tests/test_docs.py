@@ -161,8 +161,8 @@ def test_python_blocks_run(page: str, here: Path) -> None:
     """One after the other, in one namespace."""
     sources = [block.text for block in blocks(ROOT / page) if block.language == "python"]
     assert sources
-    names = {"base": load_base("tiny-llama"), "pool": Pool.open("pool"), **vars(phatgoose)}
-    names |= {name: getattr(phatgoose, name) for name in phatgoose.__all__}
+    names = {name: getattr(phatgoose, name) for name in phatgoose.__all__}
+    names |= {"__name__": "page", "base": load_base("tiny-llama"), "pool": Pool.open("pool")}
     for source in sources:
         exec(compile(source.replace('"BASE"', '"tiny-llama"'), page, "exec"), names)
 
