@@ -22,6 +22,7 @@ from phatgoose import Pool, load_base
 from phatgoose.cli import app
 
 SOURCE = ROOT / "src" / "phatgoose"
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
 EXTENDING = ROOT / "docs" / "extending.md"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 
@@ -128,7 +129,7 @@ def test_messages_in_troubleshooting_are_printed() -> None:
 
 
 def test_architecture_names_every_package() -> None:
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    text = ARCHITECTURE.read_text(encoding="utf-8")
     entries = {path.name.removesuffix(".py") for path in SOURCE.iterdir() if not path.name.startswith("_")}
     packages = {entry for entry in entries if (SOURCE / entry).is_dir() or (SOURCE / f"{entry}.py").is_file()}
     packages.discard("py.typed")
@@ -138,6 +139,21 @@ def test_architecture_names_every_package() -> None:
         for name in re.findall(r"\w+", row)
     }
     assert named == packages
+
+
+def test_architecture_has_the_rows_of_test_layers() -> None:
+    tree = ast.parse((ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    assignments = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    rows = re.findall(r"^\| \d+ \| (.*) \|$", ARCHITECTURE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [tuple(re.findall(r"\w+", row)) for row in rows] == list(ast.literal_eval(assignments["LAYERS"]))
+
+
+def test_reading_order_is_about_as_long_as_it_says() -> None:
+    rows = re.findall(r"\]\(\.\./(\S+\.py)\) \| (\d+) \|", ARCHITECTURE.read_text(encoding="utf-8"))
+    assert len(rows) == 8
+    for file, said in rows:
+        lines = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+        assert abs(lines - int(said)) <= 25, f"{file} has {lines} lines"
 
 
 def test_reference_has_every_public_name() -> None:
