@@ -35,7 +35,7 @@ docs: $(VENV)/installed-docs
 	git ls-files -z --cached --others --exclude-standard -- '*.md' LICENSE NOTICE docs examples src recipes \
 	    'benchmarks/*.py' 'benchmarks/rows/*.csv' 'benchmarks/rows/ocean/*.jsonl' ':!tests' ':!out' \
 	    | tar -c --null -T - | tar -x -C out/pages
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
 
 # torch goes first and alone: a resolver that meets it among its dependents may take a newer build.
 $(VENV)/installed: pyproject.toml constraints.txt
