@@ -90,8 +90,9 @@ def _route_and_add_one(
     """All layers in one call."""
     threads = _use_threads()
     outputs = tuple([y_1O.numpy() for y_1O in ys])
+    downs, ups, prototypes, sums, biases = zip(*layers, strict=True)
     weights_GNK, ids_GNK = cpu_loops.route_and_add_one(
-        outputs, _array(x_1I), *zip(*layers, strict=True), *rule, threads
+        outputs, _array(x_1I), downs, ups, prototypes, sums, biases, *rule, threads
     )
     return Routing(torch.from_numpy(weights_GNK), torch.from_numpy(ids_GNK))
 

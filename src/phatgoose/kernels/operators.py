@@ -101,14 +101,16 @@ def _(*_: torch.Tensor) -> None:
 def route_and_add_(ys: list[torch.Tensor], x_NI: torch.Tensor, *packed: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """See `phatgoose.kernels.route_and_add_`."""
     layers, rule, _ = unpack(packed)
-    return tuple(choose.route_and_add_(ys, x_NI, layers, rule))
+    weights_GNK, expert_ids_GNK = choose.route_and_add_(ys, x_NI, layers, rule)
+    return weights_GNK, expert_ids_GNK
 
 
 @route_and_add_.register_kernel("cuda")
 def _(ys: list[torch.Tensor], x_NI: torch.Tensor, *packed: Any) -> tuple[torch.Tensor, torch.Tensor]:
     from phatgoose.kernels.cuda import run
 
-    return tuple(run.route_and_add_(ys, x_NI, *unpack(packed)))
+    weights_GNK, expert_ids_GNK = run.route_and_add_(ys, x_NI, *unpack(packed))
+    return weights_GNK, expert_ids_GNK
 
 
 @route_and_add_.register_fake
