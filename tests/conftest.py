@@ -82,9 +82,3 @@ def browser() -> Iterator[Any]:
         )
         yield browser
         browser.close()
-
-
-@pytest.fixture
-def fresh_compiler() -> None:
-    """Nothing was compiled before: torch.compile refuses a function's ninth variant, and tests share a process."""
-    torch.compiler.reset()

@@ -146,7 +146,6 @@ def test_the_base_after_the_updates() -> None:
         assert close(last(x), first(x))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_compiles_as_one_graph(tokens: int) -> None:
     linear = make_linear()

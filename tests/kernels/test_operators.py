@@ -131,7 +131,6 @@ def test_prototypes_add_up(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 def test_fused_layer_is_the_layer() -> None:
     """One operator in place of router and mixing: same output, same record, also compiled as one graph."""
     plain, fused = make_linear("reference"), make_linear("triton")
@@ -151,7 +150,6 @@ def test_fused_layer_is_the_layer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("backend", ["auto", "gather", "grouped", "dense", "triton"])
 def test_compiles_as_one_graph(backend: kernels.Backend) -> None:
     # torch 2.13 compiles grouped_mm in bf16 only
@@ -178,7 +176,6 @@ def test_auto_is_triton_on_gpus_that_have_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("inside", [True, False])
 def test_base_layer_inside_the_operator(inside: bool) -> None:
     plain = make_linear("reference")

@@ -205,7 +205,6 @@ def test_an_expert_that_was_removed_is_gone_at_once(tmp_path: Path) -> None:
             assert_close(shared.routed_linears()[name](x), scratch[name](x))
 
 
-@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.slow
 def test_compiles_as_one_graph(tmp_path: Path) -> None:
     shared, alone = models(llama, tmp_path)

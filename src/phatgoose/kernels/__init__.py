@@ -9,10 +9,10 @@ What runs for one token, and where top-k is chosen:
                       shrink_few        top-k (`choose`, cuda/choice.py), then A x       cuda/few.py
                       expand_few        y += B h                                         cuda/few.py
                     from 65 tokens on (top-2) pairs are sorted by expert: cuda/sort.py, cuda/many.py
-    on a CPU, fp32, with Numba            cpu.route_and_add_: one compiled call
-                      scores, top-k (`choose_one`) and updates                           cpu_loops.py
-    elsewhere       the router's own torch.topk (routers/base.py, `Router.choose`), then
-                    mix_loras, by the backend that `choose.backend_for` names              eager.py
+    on a CPU        with Numba, fp32: cpu.route_and_add_, one compiled call
+                      route_and_add_one scores, top-k (`_choose_one`), A x and y += B h  cpu_loops.py
+    elsewhere       the router's torch.topk (`Router.choose`, routers/base.py), then mix_loras by the
+                    backend that `backend_for` (choose.py) names                         eager.py
 
 Everything here takes plain tensors and knows nothing of models. `Layer`, `Rule` and `Routing` (types.py) are the
 arguments, `KernelOptions` (options.py) the switches.

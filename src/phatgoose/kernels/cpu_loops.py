@@ -22,7 +22,7 @@ _FASTMATH = {"reassoc", "contract"}
 
 @numba.njit(cache=True, fastmath=_FASTMATH)
 def _mean_and_rstd(x_NI: Array, n: int, eps: float) -> tuple[Any, Any]:
-    """Of one row; as everywhere below the row is not cut out, for threads would count views of one array together."""
+    """Mean and 1 / standard deviation of row n. Rows are not sliced: threads would count references to one array."""
     in_features = x_NI.shape[1]
     total = np.float32(0)
     for i in range(in_features):
@@ -41,7 +41,7 @@ def _is_larger(score: Any, other: Any) -> bool:
 
 @numba.njit(cache=True)
 def _insert(scores_K: Array, ids_K: Array, score: Any, e: Any) -> None:
-    """Expert e, behind those that are as large; the e before it have come already."""
+    """Insert expert e behind those with as large a score; ids below e have been inserted already."""
     place = min(e, len(scores_K) - 1)
     while place > 0 and _is_larger(score, scores_K[place - 1]):
         scores_K[place] = scores_K[place - 1]
@@ -65,8 +65,8 @@ def _choose_one(
     scores_K: Array,
     ids_K: Array,
 ) -> None:
-    """weights_NK and ids_NK of token n, the largest first; scores_K and ids_K are written."""
-    row = n % len(bias_NE)  # one for all, or each token's
+    """Top-k of token n: write its rows of weights_NK and ids_NK, the largest first. scores_K and ids_K are scratch."""
+    row = n % len(bias_NE)  # one row for all tokens, or a row each
     top_k = len(scores_K)
     for e in range(len(sums_E)):
         score = np.float32((dots_NP[n, e] - mean * sums_E[e]) * rstd + bias_NE[row, e])
@@ -78,7 +78,7 @@ def _choose_one(
         ids_NK[n, k] = ids_K[k]
         total += weights_NK[n, k]
     for k in range(top_k):
-        # NaN where nothing was allowed
+        # the total is NaN where no expert was allowed
         weights_NK[n, k] = weights_NK[n, k] / total if total > 0 else 0
 
 
@@ -93,7 +93,7 @@ def choose(
     temperature: float,
     threads: int,
 ) -> tuple[Array, Array]:
-    """(weights_NK, ids_NK); a share of the tokens for each thread."""
+    """(weights_NK, ids_NK) of many tokens; each thread takes a share of them."""
     num_tokens = len(dots_NP)
     weights_NK = np.empty((num_tokens, top_k), np.float32)
     ids_NK = np.empty((num_tokens, top_k), np.int64)
@@ -110,7 +110,7 @@ def choose(
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
 def _dots(prototypes: tuple[Array, ...], x_I: Array, num_experts: int, threads: int) -> Array:
-    """dots_GE; a share of each layer's experts for each thread, so that a layer is looked up once."""
+    """dots_GE of one token; each thread takes a share of every layer's experts, so that a layer is looked up once."""
     dots_GE = np.empty((len(prototypes), num_experts), np.float32)
     for thread in numba.prange(threads):
         for g in range(len(prototypes)):
@@ -132,7 +132,7 @@ def _add_ones(
     weights_GNK: Array,
     ids_GNK: Array,
 ) -> None:
-    """The updates of one token; a thread for each layer."""
+    """Add the updates of one token; a thread for each layer."""
     for g in numba.prange(len(ys)):
         y_NO, a_ERI, b_ERO = ys[g], downs[g], ups[g]
         for k in range(weights_GNK.shape[2]):
@@ -194,7 +194,7 @@ def _add_one(y_O: Array, x_I: Array, a_RI: Array, b_RO: Array, weight: Any) -> N
 
 @numba.njit(cache=True)
 def sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
-    """(pairs_M as n * K + k, begins of the bins expert * K + k), by counting."""
+    """(pairs_M as n * K + k; where each bin expert * K + k begins), by counting."""
     num_tokens, top_k = ids_NK.shape
     begins = np.zeros(num_experts * top_k + 1, np.int64)
     for n in range(num_tokens):
@@ -213,7 +213,7 @@ def sorted_pairs(ids_NK: Array, num_experts: int) -> tuple[Array, Array]:
 
 @numba.njit(cache=True, parallel=True, fastmath=_FASTMATH)
 def shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins: Array) -> Array:
-    """h_MR: weight * (A x) of sorted pairs; by two tokens and four rows of A, so that fewer numbers are loaded."""
+    """h_MR: weight * (A x) of sorted pairs, in blocks of two tokens and four rows of A to load fewer numbers."""
     num_experts, rank, in_features = a_ERI.shape
     top_k = weights_NK.shape[1]
     h_MR = np.empty((len(pairs_M), rank), np.float32)
@@ -259,15 +259,15 @@ def shrink(x_NI: Array, a_ERI: Array, weights_NK: Array, pairs_M: Array, begins:
 def expand(
     h_MR: Array, b_ERO: Array, pairs_M: Array, begins: Array, y_NO: Array, top_k: int, by_columns: int, by_tokens: int
 ) -> None:
-    """y_NO += B h, in `by_columns` * `by_tokens` shares of y: a share has one thread, which reads every B once.
+    """y_NO += B h, in `by_columns` * `by_tokens` shares of y: each share has one thread, which reads every B once.
 
-    A token's experts come in the order of their ids.
+    A token's experts are added in the order of their ids.
     """
     num_experts, rank, out_features = b_ERO.shape
     num_tokens = len(y_NO)
     for share in numba.prange(by_columns * by_tokens):
         column, row = np.int64(share) % by_columns, np.int64(share) // by_columns
-        # unsigned: other indexes might count from the end, and the loop would not be vectorised
+        # unsigned: an index that may be negative keeps the loop from being vectorised
         first_o = np.uint64(out_features * column // by_columns)
         last_o = np.uint64(out_features * (column + 1) // by_columns)
         first_n, last_n = num_tokens * row // by_tokens, num_tokens * (row + 1) // by_tokens
