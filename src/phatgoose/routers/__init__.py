@@ -1,7 +1,8 @@
 """Routers: rules by which each token chooses its experts at each site.
 
-A router is one file in this folder with one class (see `Router`) and one line
-in `ROUTERS`. Axes: N tokens, E experts, K chosen experts, I in-features.
+A new router is one file in this folder, with a subclass of `Router` (base.py), and one
+line in `ROUTERS`; docs/extending.md has an example. A router of one's own needs neither:
+`RoutedModel.from_pool` takes its class, and `--router` takes MODULE:CLASS.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Average Activation: match each token with the mean activation of each expert's examples.
 
     v = mean over 1,000 examples of the mean over their tokens of u
-    scores as in `phatgoose`, with v in the place of the gate
+    scores as in `phatgoose`, with v in place of the gate
 
 Source: paper section 4.2. The official code reads decoder activations from the
-last step of a generation only; `phatgoose.training.mean_activations` takes all tokens of prompt
-and target, and says what follows.
+last step of a generation only; `phatgoose.training.mean_activations` takes all tokens
+of prompt and target, and says how that differs.
 """
 
 from __future__ import annotations

@@ -18,10 +18,10 @@ import torch
 from torch.nn import functional as F
 
 from phatgoose.config import RouterConfig
-from phatgoose.experts.embeddings import SentenceEncoder, load_embeddings
 from phatgoose.experts.expert import Expert
 from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
+from phatgoose.routers.retrieval import ExampleReader
 
 
 class Glider(Phatgoose):
@@ -36,26 +36,20 @@ class Glider(Phatgoose):
         return Similarity(experts, config.global_scale)
 
 
-class Similarity(PromptRouter):
+class Similarity(ExampleReader):
     """Scaled cosine between a prompt and each expert's mean example; 0 for an empty slot."""
 
     def __init__(self, experts: Sequence[Expert | None], scale: float) -> None:
-        self.encoder = SentenceEncoder()
+        super().__init__(experts)
         self.scale = scale
-        self.experts: list[torch.Tensor | None] = [self._mean(expert) for expert in experts]
-
-    def put(self, slot: int, expert: Expert | None) -> None:
-        """See `PromptRouter.put`."""
-        self.experts[slot] = self._mean(expert)
 
     def bias(self, model: PromptReader, prompt_ids: Sequence[Sequence[int]]) -> torch.Tensor:
         """See `PromptRouter.bias`."""
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
         nowhere_D = prompts_BD.new_zeros(prompts_BD.shape[1])
-        experts_ED = torch.stack([nowhere_D if mean_D is None else mean_D for mean_D in self.experts])
-        return self.scale * (prompts_BD @ experts_ED.T)
+        means_ED = torch.stack([nowhere_D if mean_D is None else mean_D for mean_D in self.examples])
+        return self.scale * (prompts_BD @ means_ED.T)
 
-    def _mean(self, expert: Expert | None) -> torch.Tensor | None:
-        if expert is None:
-            return None
-        return F.normalize(load_embeddings(expert.folder, self.encoder.name).mean(dim=0), dim=0)
+    def read(self, expert: Expert) -> torch.Tensor:
+        """The mean of an expert's examples, (D,), of length 1."""
+        return F.normalize(super().read(expert).mean(dim=0), dim=0)

@@ -32,7 +32,7 @@ class Lag(Router):
         self.filter_k = min(config.filter_k, len(stack.present_E))
 
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
-        """Arrow's scores: what candidates are chosen by."""
+        """Arrow's scores, which name the candidates."""
         return self.arrow.scores(x_NI)
 
     def final_scores(

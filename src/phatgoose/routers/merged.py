@@ -32,7 +32,7 @@ class Merged(Uniform):
         self.register_buffer("counted_E", filled_E.float(), persistent=False)
 
     def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:
-        """See `Router.choose`."""
+        """See `Router.choose`: 1/E for each expert that adapts the site and is not masked."""
         masked_N1 = 0 if mask_NE is None else mask_NE.isinf().sum(dim=1, keepdim=True)
         weights_NE = (scores_NE > float("-inf")).float() / (self.counted_E.sum() - masked_N1)
         return super().choose(scores_NE)._replace(weights_NK=weights_NE.nan_to_num(0.0, posinf=0.0))

@@ -22,7 +22,7 @@ from phatgoose.routers.base import Router
 
 
 class Phatgoose(Router):
-    """Scores are standardised gates times standardised activations."""
+    """Scores are standardised gates times standardised activations, divided by sqrt(I)."""
 
     needs = frozenset({"adapter", "gate"})
     standardises = True
@@ -38,7 +38,7 @@ class Phatgoose(Router):
         self.register_buffer("prototypes_EI", prototypes_EI, persistent=False)
 
     def vectors(self, stack: SiteStack) -> torch.Tensor:
-        """What tokens are matched with, (E, I), before it is standardised: the gates."""
+        """The vectors that tokens are matched with, (E, I), before they are standardised: the gates."""
         assert stack.gates_EI is not None
         return stack.gates_EI
 
@@ -49,9 +49,9 @@ class Phatgoose(Router):
 
 
 def standardise(v_EI: torch.Tensor, eps: float) -> torch.Tensor:
-    """Rows with mean 0 and variance 1 (biased; eps is added to the variance).
+    """Shift and scale rows to mean 0 and variance 1 (biased; eps is added to the variance).
 
-    A constant row, such as an untrained gate of zeros, becomes zeros also for eps = 0.
+    A constant row, such as an untrained gate of zeros, becomes zeros, also for eps = 0.
     """
     centred_EI = v_EI - v_EI.mean(dim=-1, keepdim=True)
     variance_E1 = centred_EI.square().mean(dim=-1, keepdim=True) + eps

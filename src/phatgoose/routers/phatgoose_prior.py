@@ -28,7 +28,7 @@ from phatgoose.kernels.types import Routing
 from phatgoose.routers.base import PromptReader, PromptRouter
 from phatgoose.routers.phatgoose import Phatgoose
 
-# of a share; an expert that no token chose loses prior_strength * 6.9
+# added to each share: an expert that no token chose loses prior_strength * 6.9
 FLOOR = 1e-3
 
 
@@ -44,10 +44,10 @@ class PhatgoosePrior(Phatgoose):
 
 
 class UsagePrior(PromptRouter):
-    """Scaled logarithm of each expert's share of a prompt.
+    """A prior from usage: the scaled logarithm of each expert's share of a prompt.
 
     Args:
-        strength: what it is scaled with.
+        strength: factor of the logarithm.
         steps: passes over the prompt.
     """
 

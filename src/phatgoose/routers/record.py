@@ -21,14 +21,14 @@ class RoutingRecord(Protocol):
 
 
 class ScoresRecord(ABC):
-    """A record that also wants what the choice was made from."""
+    """A record that also wants the scores; the layer then takes its formula, since kernels keep no scores."""
 
     @abstractmethod
     def append_scores(self, scores_NE: torch.Tensor, routing: Routing, leading_shape: torch.Size) -> None:
         """Take one call.
 
         Args:
-            scores_NE: see `Router.final_scores`.
-            routing: that the router chose from them.
+            scores_NE: final scores (`Router.final_scores`), fp32.
+            routing: the router's choice from them.
             leading_shape: the activation's shape without its last axis.
         """

@@ -40,15 +40,15 @@ class Retrieval(Uniform):
 
 
 class ExampleReader(PromptRouter):
-    """What compares prompts with each expert's embedded examples."""
+    """Compares prompts with each expert's embedded examples."""
 
     def __init__(self, experts: Sequence[Expert | None]) -> None:
         self.encoder = SentenceEncoder()
-        self.examples = [self._load(expert) for expert in experts]
+        self.examples = [None if expert is None else self.read(expert) for expert in experts]
 
     def put(self, slot: int, expert: Expert | None) -> None:
         """See `PromptRouter.put`."""
-        self.examples[slot] = self._load(expert)
+        self.examples[slot] = None if expert is None else self.read(expert)
 
     def by_expert(
         self,
@@ -57,16 +57,24 @@ class ExampleReader(PromptRouter):
         summarise: Callable[[torch.Tensor], torch.Tensor],
         empty: float,
     ) -> torch.Tensor:
-        """(B, E): what the cosines of prompts and an expert's examples, (B, M), come to; `empty` for an empty slot."""
+        """A number for each prompt and expert, (B, E), from the cosines of the prompt and the expert's examples.
+
+        Args:
+            model: knows the prompts' texts.
+            prompt_ids: token ids of B prompts, without padding.
+            summarise: cosines_BM of one expert's M examples -> (B,).
+            empty: the number for an empty slot.
+        """
         prompts_BD = self.encoder.embed(model.texts(prompt_ids))
         nobody_B = prompts_BD.new_full((len(prompts_BD),), empty)
-        return torch.stack(
-            [nobody_B if of_one_MD is None else summarise(prompts_BD @ of_one_MD.T) for of_one_MD in self.examples],
-            dim=1,
-        )
+        by_expert = [
+            nobody_B if examples_MD is None else summarise(prompts_BD @ examples_MD.T) for examples_MD in self.examples
+        ]
+        return torch.stack(by_expert, dim=1)
 
-    def _load(self, expert: Expert | None) -> torch.Tensor | None:
-        return None if expert is None else load_embeddings(expert.folder, self.encoder.name)
+    def read(self, expert: Expert) -> torch.Tensor:
+        """An expert's embedded examples, (M, D). Raises PrototypeError."""
+        return load_embeddings(expert.folder, self.encoder.name)
 
 
 class NearestExample(ExampleReader):

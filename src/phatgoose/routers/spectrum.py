@@ -13,11 +13,11 @@ from phatgoose.experts.stack import SiteStack
 
 
 class Spectrum(NamedTuple):
-    """Singular values, largest first, and where they act.
+    """Singular values, largest first, and the input directions that they belong to.
 
     Attributes:
-        values_ER: fp32.
-        right_ERI: fp32, orthonormal rows; zero where the singular value is
+        values_ER: singular values, fp32.
+        right_ERI: right singular vectors, fp32, orthonormal rows; zero where the singular value is
             (numerically) zero, as for padded ranks and absent experts.
     """
 

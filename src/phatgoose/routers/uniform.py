@@ -17,7 +17,7 @@ class Uniform(Router):
     fixed_top_k = True
 
     def scores(self, x_NI: torch.Tensor) -> torch.Tensor:
-        """All equal."""
+        """Zeros: all experts are equal."""
         return torch.zeros(len(x_NI), len(self.absent_E), device=x_NI.device)
 
     def choose(self, scores_NE: torch.Tensor, mask_NE: torch.Tensor | None = None) -> Routing:

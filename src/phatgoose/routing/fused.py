@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # names that Llama's and T5's kin give to layers of one input, where they lie in one module
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("q", "k", "v"), ("wi_0", "wi_1"))
-# modules whose keys and values are made of something else than their queries
+# modules that make queries of the decoder's states, but keys and values of the encoder's
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "cross_attn")
 
 
@@ -35,7 +35,7 @@ class Held(NamedTuple):
     Attributes:
         x: the input that all of them were computed for.
         version: counts writes into x; None where that is not known.
-        call: whose masks and prompts counted.
+        call: the call that asked; its masks and prompts counted.
         outputs: by layer; None once it was called.
         routing: weights and expert ids with an axis G in front.
     """
@@ -81,7 +81,7 @@ class FusedGroup:
         Args:
             index: the layer's place in the group.
             x: activations of shape (..., I).
-            call: whose masks, prompts and record count.
+            call: the call that asks; its masks, prompts and record count.
         """
         held = self._held
         fresh = held is not None and held.x is x and held.call is call and held.version == _version(x)

@@ -94,7 +94,7 @@ class RoutedLinear(WrappedLinear):
 
         Args:
             x: activations of shape (..., I).
-            call: whose masks, prompts and record count.
+            call: the call that asks; its masks, prompts and record count.
 
         Returns:
             The output, of shape (..., O).

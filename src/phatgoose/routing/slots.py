@@ -11,12 +11,12 @@ class Slots:
     """Which expert lies in which slot. An expert's id, in routing and traces, is its slot.
 
     Args:
-        names: of the experts in the first slots.
-        capacity: how many slots there are; None for as many as names, which then stay as they are.
+        names: the experts in the first slots.
+        capacity: how many slots there are; None for one for each name, which then stay.
 
     Attributes:
-        names: by slot; "" is an empty one.
-        fixed: whether the experts stay as they are.
+        names: the expert in each slot; "" is an empty slot.
+        fixed: whether experts can be neither added nor removed.
 
     Raises:
         ConfigError: more names than slots.
@@ -37,7 +37,7 @@ class Slots:
         return len(self.names)
 
     def check_open(self) -> None:
-        """Raise RouterError if the experts stay as they are."""
+        """Raise RouterError if experts can be neither added nor removed."""
         if self.fixed:
             raise RouterError(
                 "this model routes among a fixed set of experts",

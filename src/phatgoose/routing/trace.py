@@ -48,7 +48,7 @@ class Trace:
     see the input's positions, the others the output's.
 
     Args:
-        expert_names: by expert id; "" for an empty slot.
+        expert_names: names in the order of expert ids; "" for an empty slot.
         sites: names of the routed sites, in the order of the model.
     """
 
@@ -62,11 +62,11 @@ class Trace:
         return [site for site, record in self.records.items() if record.routing() is not None]
 
     def routing(self, site: str) -> SiteRouting:
-        """Routing of one site. Raises KeyError if it was never called."""
-        found = self.records[site].routing()
-        if found is None:
+        """Routing of one site: weights_BSK, expert_ids_BSK. Raises KeyError if the site was never called."""
+        routing = self.records[site].routing()
+        if routing is None:
             raise KeyError(f"{site} was not called while this trace was recorded")
-        return found
+        return routing
 
     def weights(self, site: str) -> torch.Tensor:
         """weights_BSE: the routing weights of one site spread over all experts (0 where not chosen)."""
