@@ -119,7 +119,7 @@ def test_from_a_pool_to_the_page(folder: Path, tmp_path: Path, monkeypatch: pyte
 def test_user_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = make_recording(tmp_path / "rec", {("t0ho", "rte"): TASKS["rte"]})
     for arguments, words in (
-        ([tmp_path, "--out", tmp_path / "out"], ["is no recording", "phatgoose record POOL"]),
+        ([tmp_path, "--out", tmp_path / "out"], ["is not a recording", "phatgoose record POOL"]),
         ([made, "--out", tmp_path / "out", "--heatmap", "rte"], ["no recorded task 'rte'", "t0ho/rte"]),
         ([made, "--out", tmp_path / "out", "--results", tmp_path], ["is not a results folder"]),
     ):

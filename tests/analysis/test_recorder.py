@@ -14,7 +14,8 @@ from helpers.checks import fails
 from helpers.grids import SEPARATOR, held_in, words, write_rows
 from helpers.models import MODELS, make_tokenizer
 from helpers.routing import make_pool, routed
-from phatgoose.analysis.recorder import TokenWeights, record_task
+from phatgoose.analysis.recorder import record_task
+from phatgoose.analysis.site_usage import TokenWeights
 from phatgoose.config import TextConfig
 from phatgoose.data.encoder import Encoder
 from phatgoose.errors import BaseModelError

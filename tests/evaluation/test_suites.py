@@ -21,7 +21,7 @@ from phatgoose.errors import DataError, SuiteError
 from phatgoose.evaluation.suites import TASKS, load_tasks
 from phatgoose.evaluation.suites.metrics import answer_score, rank_classification
 from phatgoose.evaluation.suites.rendering import FOLDER, PromptTemplate, read_templates, render
-from phatgoose.evaluation.suites.rows import Row, fingerprint, sample
+from phatgoose.evaluation.suites.rows import TaskRow, fingerprint, sample
 from phatgoose.evaluation.suites.task import SuiteTask
 from phatgoose.experts.pool import Pool
 from phatgoose.results.names import SUITES
@@ -175,7 +175,7 @@ def test_held_in_without_choices_is_generation(pool: Pool, tmp_path: Path) -> No
 
 
 def test_a_limit_is_one_sample_for_all() -> None:
-    rows = [Row(example_id=str(i), input="", targets=("x",)) for i in range(100)]
+    rows = [TaskRow(example_id=str(i), input="", targets=("x",)) for i in range(100)]
     some = sample(rows, 10)
     assert some == sample(list(rows), 10) and len({row.example_id for row in some}) == 10
     assert some != rows[:10] and [int(row.example_id) for row in some] == sorted(int(row.example_id) for row in some)
@@ -270,13 +270,13 @@ def test_tasks_from_a_hub(tmp_path: Path, pool: Pool, monkeypatch: pytest.Monkey
         (("flew",), ("pushed", "flew"))
     }
     (concepts,) = load_tasks(["bbl"], pool, names=["novel_concepts"])
-    expected = Row(
+    expected = TaskRow(
         example_id="novel_concepts/0", input="Q: left?\nAnswer:", targets=("yes", "y"), choices=("no", "yes", "y")
     )
     assert len(concepts.rows) == 2 and concepts.rows[0] == expected
     (lies,) = load_tasks(["bbh"], pool, names=["web_of_lies"])
     assert lies.rows == [
-        Row(example_id="web_of_lies/0", input="Lies?\nAnswer:", targets=("No",), choices=("Yes", "No"))
+        TaskRow(example_id="web_of_lies/0", input="Lies?\nAnswer:", targets=("No",), choices=("Yes", "No"))
     ]
     (wic,) = load_tasks(["t0ho"], pool, names=["wic"])
     fails(DataError, "super_glue", "wic", action=lambda: wic.rows)
@@ -289,7 +289,7 @@ def test_tasks_from_a_hub(tmp_path: Path, pool: Pool, monkeypatch: pytest.Monkey
 def test_templates_keep_pipes_and_run_no_code() -> None:
     template = PromptTemplate("t", "{{ a }} or? ||| {{ answer_choices[0] }}", "{{ a }} ||| {{ b }}")
     row = template.render({"a": "x ||| y", "b": "z"}, "1")
-    assert row == Row(example_id="1", input="x ||| y or?", targets=("x ||| y",), choices=("x ||| y", "z"))
+    assert row == TaskRow(example_id="1", input="x ||| y or?", targets=("x ||| y",), choices=("x ||| y", "z"))
     hostile = PromptTemplate("t", "{{ a.__class__.__mro__ }} ||| x", "x")
     with pytest.raises(Exception, match="unsafe"):
         hostile.render({"a": "x"}, "1")

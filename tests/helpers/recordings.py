@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from helpers.results import add_row
-from phatgoose.analysis.recording import RecordingFolder, RecordingHeader
+from phatgoose.analysis.recording import RecordingHeader
+from phatgoose.analysis.recording_folder import RecordingFolder
 from phatgoose.analysis.task_routing import TaskRouting
 
 EXPERTS = ("a", "b", "c", "d")

@@ -14,7 +14,7 @@ from phatgoose.analysis.summary import Analysis
 
 
 def distance_figure(analysis: Analysis) -> Figure:
-    """Score, score minus the Oracle's and score minus the base's, against the distance; a point for each task."""
+    """Score, score minus the Oracle's and score minus the base's against the distance; one point per task."""
     distance = analysis.distance
     assert distance is not None
     figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
@@ -49,7 +49,7 @@ def distance_figure(analysis: Analysis) -> Figure:
             axis.axhline(0, color="#777777", linewidth=0.9)
         axis.set_xlabel("distance from the Oracle's choice, nats")
         axis.set_title(what[0].upper() + what[1:], loc="left")
-        axis.set_ylabel("%" if field == "score" else "points of per cent")
+        axis.set_ylabel("%" if field == "score" else "percentage points")
         axis.grid(True, color="#e4e2dc", linewidth=0.7)
         axis.margins(x=0.2)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
@@ -57,7 +57,7 @@ def distance_figure(analysis: Analysis) -> Figure:
 
 
 def _name(axis: Any, text: str, place: tuple[float, float], *, left: bool) -> None:
-    """Write near a point, on the side where fewer others are, with a line to it."""
+    """Label a point on the side where there are fewer others, with a line to it."""
     label = axis.annotate(
         text,
         place,

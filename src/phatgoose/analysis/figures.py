@@ -1,6 +1,6 @@
 """An analysis as matplotlib figures.
 
-Figures are made without pyplot, which keeps a list of them.
+Figures are made without pyplot, which would keep a global list of them.
 
 Axes: R recordings, T tasks, E experts, L layers, K kinds of sites.
 """
@@ -32,13 +32,13 @@ PNG_DPI = 160
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plot:
-    """A figure, and what to say of it.
+    """A figure with its caption.
 
     Attributes:
-        name: of its files.
-        section: of the page: "usage", "layers", "entropy", "oracle" or "similarity".
-        caption: what is shown and what was averaged.
-        figure: it.
+        name: name of its files, without suffix.
+        section: its section of the page: "usage", "layers", "entropy", "oracle" or "similarity".
+        caption: what is shown, and over what it was averaged.
+        figure: the matplotlib figure.
     """
 
     name: str
@@ -66,7 +66,7 @@ def save(plot: Plot, folder: Path) -> None:
 
 
 def remove_older(folder: Path) -> None:
-    """Remove what `save` wrote there before: an older run may have drawn other tasks."""
+    """Remove the files of an earlier run, which may have drawn other tasks."""
     for start in ("usage_", "layers_", "entropy_", "oracle_distance", "similarity"):
         for kind in ("png", "svg"):
             for path in folder.glob(f"{start}*.{kind}"):
@@ -74,7 +74,7 @@ def remove_older(folder: Path) -> None:
 
 
 def averaged(analysis: Analysis) -> str:
-    """Over which repetitions, for captions."""
+    """Over which repetitions the numbers are averaged, for captions."""
     if len(analysis.seeds) == 1:
         return "one training seed"
     return f"mean over {len(analysis.seeds)} training seeds"
@@ -91,7 +91,7 @@ def _usage(analysis: Analysis, suite: SuiteRouting) -> Plot:
     elif analysis.distance is not None:
         oracles = {point.task: point.experts for point in analysis.distance.points if point.suite == suite.suite}
         dots = [(t, experts.index(e)) for t, task in enumerate(suite.tasks) for e in set(oracles.get(task, ()))]
-        said = "Circles: the expert that is best on the task alone (the Oracle's), of each seed."
+        said = "Circles: the expert that is best on the task (the Oracle's), for each seed."
         marks = f"{marks} {said}" if suite.suite == LEAVE_ONE_OUT else said
     elif suite.suite != LEAVE_ONE_OUT:
         marks = ""
@@ -107,7 +107,7 @@ def _usage(analysis: Analysis, suite: SuiteRouting) -> Plot:
         dots=dots,
     ).figure()
     caption = (
-        f"{suite.suite}. Mean routing weight of each expert, in per cent; a row adds up to 100. Averaged over a row's"
+        f"{suite.suite}. Mean routing weight of each expert, in percent; a row adds up to 100. Averaged over a row's"
         f" tokens, a task's rows and all {len(analysis.header.sites)} sites; {averaged(analysis)}. {marks}"
     )
     return Plot(name=f"usage_{suite.suite}", section="usage", caption=caption.strip(), figure=figure)
@@ -120,7 +120,7 @@ def _layers(analysis: Analysis) -> list[Plot]:
         t = suite.tasks.index(task)
         shares_LE = 100 * suite.layers_RTLE[:, t].mean(axis=0)
         parts.append((name, task, np.where(suite.masked_TE[t], np.nan, shares_LE)))
-    # one scale, so that tasks can be compared
+    # one colour scale, so that tasks can be compared
     highest = max((float(np.nanmax(shares_LE)) for *_, shares_LE in parts), default=1.0)
     known = {} if analysis.distance is None else {(p.suite, p.task): p for p in analysis.distance.points}
     experts = list(analysis.header.experts)
@@ -145,17 +145,17 @@ def _layers(analysis: Analysis) -> list[Plot]:
             column_boxes=[experts.index(expert) for expert in own],
         ).figure()
         caption = (
-            f"{name}/{task}. Mean routing weight by layer and expert, in per cent, averaged over a row's tokens, the"
+            f"{name}/{task}. Mean routing weight by layer and expert, in percent, averaged over a row's tokens, the"
             f" task's rows and the kinds of sites of a layer; {averaged(analysis)}.{said}"
         )
-        # a recording may come from someone else, with any names
+        # a recording may come from someone else, and contain any names
         file = re.sub(r"[^\w-]", "_", f"layers_{name}_{task}")
         plots.append(Plot(name=file, section="layers", caption=caption, figure=figure))
     return plots
 
 
 def _entropies(analysis: Analysis) -> list[Plot]:
-    """Share of the largest possible entropy, layer by layer: a line for each suite, and one for each kind of site."""
+    """Entropy by layer, as a fraction of the largest possible: one line per suite, and one per kind of site."""
     by_suite = {
         suite.suite: {name: np.nanmean(suite.entropies[name].share_RLK, axis=2) for name in MEASURES}
         for suite in analysis.suites
@@ -168,7 +168,7 @@ def _entropies(analysis: Analysis) -> list[Plot]:
     }
     by_kind["mean"] = {name: np.nanmean(over_suites[name], axis=2) for name in MEASURES}
     after = (
-        "Each is a share of the largest entropy that is possible: the logarithm of the number of experts that can be"
+        "Each in percent of the largest possible entropy: the logarithm of the number of experts that can be"
         " chosen, or of top_k for the weights of the chosen. Averaged over a row's tokens and a task's rows (for the"
         " usage: the entropy of that average), the tasks of a suite"
     )
@@ -214,7 +214,7 @@ def _lines(analysis: Analysis, lines: dict[str, dict[str, Array]]) -> Figure:
         step = max(1, -(-len(layers) // 8))
         axis.set_xticks(x_L[::step], layers[::step], rotation=0 if max(map(len, layers)) < 4 else 90)
         axis.grid(True, color="#e4e2dc", linewidth=0.7)
-        # of a router without a choice to make
+        # a router that has no choice to make gives a constant
         if axis.get_ylim()[1] - axis.get_ylim()[0] < 0.1:
             middle = sum(axis.get_ylim()) / 2
             axis.set_ylim(middle - 1, middle + 1)
@@ -227,8 +227,8 @@ def _lines(analysis: Analysis, lines: dict[str, dict[str, Array]]) -> Figure:
 def _distance(analysis: Analysis) -> Plot:
     spreads = " Bars: standard deviation between seeds." if _several(analysis) else ""
     caption = (
-        "Distance of a task's usage from the Oracle's choice against the router's score: one point a task;"
-        f" {averaged(analysis)}.{spreads} Dashed: the distance of an equal use of all experts."
+        "Distance of a task's usage from the Oracle's choice against the router's score: one point per task;"
+        f" {averaged(analysis)}.{spreads} Dashed: the distance if all experts were used equally."
         f" A usage below {100 * FLOOR:g} % counts as that. Named: the tasks whose layers are drawn."
     )
     return Plot(name="oracle_distance", section="oracle", caption=caption, figure=distance_figure(analysis))
@@ -253,7 +253,7 @@ def _similarity(analysis: Analysis) -> Plot:
         decimals=2,
     ).figure()
     caption = (
-        "Cosine similarity of two experts' usage over all tasks (leave-one-out left out where there are others), sorted"
-        f" so that similar experts stand together; {averaged(analysis)}."
+        "Cosine similarity of two experts' usage over all tasks (without leave-one-out if there are other suites),"
+        f" sorted so that similar experts are adjacent; {averaged(analysis)}."
     )
     return Plot(name="similarity", section="similarity", caption=caption, figure=figure)

@@ -1,4 +1,4 @@
-"""A heat map as a matplotlib figure, with cells large enough for their labels."""
+"""Heat maps as matplotlib figures, with cells large enough for their labels."""
 
 from __future__ import annotations
 
@@ -14,25 +14,26 @@ from numpy.typing import NDArray
 
 from phatgoose.analysis.style import MAP, MARK
 
-# inches: the width that all columns share, and the least and most of a cell
+# in inches: total width of the columns; least and largest width of a cell; its height
 COLUMNS_WIDTH, NARROWEST, WIDEST, HEIGHT = 8.7, 0.225, 0.6, 0.2
-# from this width on a cell has room for its number
+# least width of a cell with room for its number, in inches
 NUMBERED = 0.4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Heatmap:
-    """Numbers of rows and columns.
+    """A matrix to draw.
 
     Attributes:
-        values: of shape (rows, columns); NaN cells are grey.
+        values: shape (rows, columns); NaN cells are grey.
         rows, columns: labels.
-        title, label: of the figure and of its colour bar.
-        row_name, column_name: what rows and columns are.
-        lowest, highest: ends of the colour bar; the largest value if None.
+        title: title of the figure.
+        label: label of the colour bar.
+        row_name, column_name: labels of the axes.
+        lowest, highest: ends of the colour bar; None for the largest value.
         boxes, dots: (row, column) of cells to mark.
         column_boxes: columns to mark.
-        decimals: of numbers in cells.
+        decimals: decimals of the numbers in cells.
     """
 
     values: NDArray[np.float64]
@@ -50,10 +51,10 @@ class Heatmap:
     decimals: int = 0
 
     def figure(self) -> Figure:
-        """Draw it."""
+        """Draw the heat map."""
         num_rows, num_columns = self.values.shape
         width = min(WIDEST, max(NARROWEST, COLUMNS_WIDTH / num_columns))
-        # labels of about 0.065 inches a letter, and the colour bar
+        # about 0.065 inches per letter of a label, and the colour bar
         left, below = (0.5 + 0.068 * max(map(len, names)) for names in (self.rows, self.columns))
         size = (max(5.0, num_columns * width + left + 1.0), max(1.9, num_rows * HEIGHT + below + 0.5))
         figure = Figure(figsize=size, layout="constrained")
@@ -76,7 +77,7 @@ class Heatmap:
         axis.set_yticks(range(num_rows), self.rows, fontsize=8)
         axis.tick_params(length=0)
         axis.spines[:].set_visible(False)
-        # fine white lines tell cells apart without a colour of their own
+        # thin white lines separate cells of equal colour
         axis.set_xticks(np.arange(-0.5, num_columns), minor=True)
         axis.set_yticks(np.arange(-0.5, num_rows), minor=True)
         axis.grid(which="minor", color="white", linewidth=0.6)

@@ -1,9 +1,10 @@
-"""How far the routing is from the Oracle's choice, and whether that matters (paper section 5, qualitative analysis).
+"""Distance of the routing from the Oracle's choice, and its correlation with performance.
 
     distance = KL(one-hot of the Oracle's expert || usage) = -log(usage of the Oracle's expert)
 
 Usage is the mean routing weight over a task's tokens and all sites. The paper
-reports a Pearson correlation of -0.2 between distance and performance (T5-XL).
+(section 5, qualitative analysis) reports a Pearson correlation of -0.2 between
+distance and performance, for T5-XL.
 
 Axes: T tasks, R recordings.
 """
@@ -19,30 +20,31 @@ import numpy as np
 from phatgoose.analysis.recording import Recording
 from phatgoose.config import BootstrapConfig
 from phatgoose.results.correlation import Correlation, correlate
-from phatgoose.results.names import BEST_INDIVIDUAL, HELD_IN, ORACLE, PAPER
+from phatgoose.results.names import BASE, BEST_INDIVIDUAL, HELD_IN, ORACLE, PAPER
 from phatgoose.results.oracle import label_oracles
 from phatgoose.results.rows import Result
 
-# of a usage; an expert that no token chose is at a distance of 9.2
+# least usage: an expert that no token chose has a distance of 9.2
 FLOOR = 1e-4
 PAPERS_PEARSON = -0.2
 ALL = "all held-out"
-# what the distance is held against -> how a reader is told
+# field that the distance is compared with -> its label
 AGAINST = {"score": "score", "to_oracle": "score minus Oracle's", "to_base": "score minus base's"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistancePoint:
-    """One task, as means over the recordings.
+    """One task, averaged over the recordings. Scores are fractions.
 
     Attributes:
-        suite, task: which.
-        experts: that the Oracle takes, in the order of the recordings.
-        usage: of the Oracle's expert.
-        kl, kl_sd: distance in nats; its standard deviation between recordings, None with one.
-        score: the router's, a share of 1.
+        suite, task: names.
+        experts: the Oracle's expert in each recording.
+        usage: usage of the Oracle's expert.
+        kl: distance in nats.
+        kl_sd: its standard deviation between recordings; None with one recording.
+        score: the router's score.
         to_oracle: the router's score minus the Oracle's.
-        to_base: the router's score minus the base model's; None without rows of it.
+        to_base: the router's score minus the base model's; None without rows of the base model.
     """
 
     suite: str
@@ -58,12 +60,12 @@ class DistancePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class OracleDistance:
-    """All tasks for which it is known.
+    """The distance of all tasks that have the necessary results.
 
     Attributes:
-        points: in the order of the recordings' tasks.
-        correlations: suite, or `ALL` for the paper's suites together -> what of
-            `AGAINST` -> correlation with the distance over the tasks.
+        points: tasks, in the order of the recordings.
+        correlations: suite (or `ALL` for the paper's suites together) -> field
+            of `AGAINST` -> its correlation with the distance, over tasks.
     """
 
     points: list[DistancePoint]
@@ -80,35 +82,25 @@ def distance_from_oracle(
 
     Args:
         recordings: one for each repetition.
-        tasks: (suite, task) that all of them have.
-        results: rows for the same pools.
-        bootstrap: of the intervals.
+        tasks: (suite, task) pairs that all recordings have.
+        results: rows of the same pools.
+        bootstrap: settings of the intervals.
 
     Returns:
-        The distances, or None if there is not one; and what is missing, in sentences.
+        The distances, None if no task has the necessary results; and notes on
+        what is missing.
     """
     wanted = [key for key in tasks if key[0] != HELD_IN]
-    method = recordings[0].header.method
     scores = [_scores(one, results) for one in recordings]
     points, missing = [], []
     for key in wanted:
-        found = [_one(one, key, *known) for one, known in zip(recordings, scores, strict=True)]
-        complete = [part for part in found if part is not None]
-        if len(complete) == len(found):
+        parts = [_one(one, key, *known) for one, known in zip(recordings, scores, strict=True)]
+        complete = [part for part in parts if part is not None]
+        if len(complete) == len(parts):
             points.append(_point(key, complete))
         else:
             missing.append("/".join(key))
-    notes = []
-    if missing:
-        shown = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
-        suites = ",".join(dict.fromkeys(name.partition("/")[0] for name in missing))
-        notes.append(
-            f"The distance from the Oracle is left out for {len(missing)} of {len(wanted)} held-out tasks"
-            f" ({shown}). It needs, for each recording's pool, the scores of the router and of every single expert:"
-            f" phatgoose eval --pool POOL --suite {suites}"
-            f' --router "{method},base,experts" --data DIR --out RESULTS, and then phatgoose analyse ...'
-            " --results RESULTS."
-        )
+    notes = [_missing_note(missing, len(wanted), recordings[0].header.method)] if missing else []
     if not points:
         return None, notes
     groups = {suite: [point for point in points if point.suite == suite] for suite, _ in wanted}
@@ -120,23 +112,38 @@ def distance_from_oracle(
 
 
 def distance(usage: float) -> float:
-    """Nats; a usage below `FLOOR` counts as `FLOOR`."""
+    """Distance in nats; a usage below `FLOOR` counts as `FLOOR`."""
     return -math.log(max(usage, FLOOR))
 
 
-Scores = dict[tuple[str, str], dict[str, float]]
-Oracles = dict[tuple[str, str], tuple[str, int]]
+def _missing_note(missing: Sequence[str], num_tasks: int, method: str) -> str:
+    """A sentence on the tasks without a distance, and how to get it."""
+    named = ", ".join([*missing[:3], *(["..."] if len(missing) > 3 else [])])
+    suites = ",".join(dict.fromkeys(name.partition("/")[0] for name in missing))
+    return (
+        f"The distance from the Oracle is left out for {len(missing)} of {num_tasks} held-out tasks"
+        f" ({named}). It needs, for each recording's pool, the scores of the router and of every single expert:"
+        f" phatgoose eval --pool POOL --suite {suites}"
+        f' --router "{method},base,experts" --data DIR --out RESULTS, and then phatgoose analyse ...'
+        " --results RESULTS."
+    )
 
 
-def _scores(recording: Recording, results: Sequence[Result]) -> tuple[Scores, Oracles]:
-    """Of a recording's pool: task -> method -> score, and task -> the Oracle's expert and among how many it is."""
+# (suite, task) -> method -> score
+TaskScores = dict[tuple[str, str], dict[str, float]]
+# (suite, task) -> the Oracle's expert, and the number of experts it was chosen from
+TaskOracles = dict[tuple[str, str], tuple[str, int]]
+
+
+def _scores(recording: Recording, results: Sequence[Result]) -> tuple[TaskScores, TaskOracles]:
+    """Scores and Oracles of a recording's pool."""
     header = recording.header
     rows = [row for row in results if row.pool == header.pool]
     if len({row.seed for row in rows}) > 1:  # one pool, evaluated more than once
         rows = [row for row in rows if row.seed == header.seed]
     rows = [row for row in rows if row.method not in (ORACLE, BEST_INDIVIDUAL)]
     made, choices, _ = label_oracles(rows)
-    scores: Scores = {}
+    scores: TaskScores = {}
     for row in [*rows, *made]:
         scores.setdefault((row.suite, row.task), {})[row.method] = row.score
     oracles = {(c.suite, c.task): (c.expert, c.num_experts) for c in choices if c.method == ORACLE and c.task}
@@ -144,15 +151,15 @@ def _scores(recording: Recording, results: Sequence[Result]) -> tuple[Scores, Or
 
 
 def _one(
-    recording: Recording, key: tuple[str, str], scores: Scores, oracles: Oracles
+    recording: Recording, key: tuple[str, str], scores: TaskScores, oracles: TaskOracles
 ) -> tuple[str, float, float, float, float | None] | None:
     """The Oracle's expert, its usage, and the scores of router, Oracle and base; None if something is missing."""
-    header, task, found = recording.header, recording.tasks[key], scores.get(key, {})
+    header, task, by_method = recording.header, recording.tasks[key], scores.get(key, {})
     expert, num_experts = oracles.get(key, ("", 0))
-    if header.method not in found or num_experts < len(header.experts) - len(task.masked):
+    if header.method not in by_method or num_experts < len(header.experts) - len(task.masked):
         return None
     usage = float(np.nanmean(task.weights_ME[:, header.experts.index(expert)]))
-    return expert, usage, found[header.method], found[ORACLE], found.get("base")
+    return expert, usage, by_method[header.method], by_method[ORACLE], by_method.get(BASE)
 
 
 def _point(key: tuple[str, str], parts: Sequence[tuple[str, float, float, float, float | None]]) -> DistancePoint:
@@ -174,10 +181,10 @@ def _point(key: tuple[str, str], parts: Sequence[tuple[str, float, float, float,
 
 
 def _correlations(points: Sequence[DistancePoint], bootstrap: BootstrapConfig) -> dict[str, Correlation]:
-    found = {}
+    correlations = {}
     for name in AGAINST:
         pairs = [(point.kl, getattr(point, name)) for point in points if getattr(point, name) is not None]
         if len(pairs) > 1:
             x_T, y_T = np.array(pairs, dtype=np.float64).T
-            found[name] = correlate(x_T, y_T, bootstrap)
-    return found
+            correlations[name] = correlate(x_T, y_T, bootstrap)
+    return correlations

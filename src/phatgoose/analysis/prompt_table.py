@@ -1,13 +1,13 @@
-"""A trace as tables: which expert carried each token, and at which layer.
+"""A trace as tables: each expert's share of each token, over all sites and by layer.
 
-A routing weight says how much of one site's update one expert gave; a site's
-weights sum to 1. Everything here is a mean of routing weights.
+A routing weight is the weight of one expert's update at one site; the weights of
+a token at a site sum to 1. All numbers here are means of routing weights.
 
-In an encoder-decoder model the sites of the encoder, and the keys and values
+In an encoder-decoder model, the sites of the encoder, and the keys and values
 of cross-attention, read the input; the other sites of the decoder read the
-output. These are two *streams* with positions of their own; tables join them,
-input first. A decoder-only model has one stream, "text". If no routed site reads
-a stream, its positions have no shares.
+output. These are two *streams* with separate positions; tables concatenate them,
+input first. A decoder-only model has one stream, "text". Positions of a stream
+that no routed site reads have no shares.
 
 Axes: B sequences, S positions (of all streams), K chosen experts, E experts, L layers.
 """
@@ -30,18 +30,18 @@ DECIMALS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class TokenShares:
-    """How much of each token each expert carried: the mean weight over the sites that read it.
+    """Each expert's share of each token: its mean weight over the sites that read the token.
 
     Attributes:
-        experts: names by expert id.
-        streams: of each position.
-        num_prompt: positions that belong to the prompt; the rest is the answer.
+        experts: names, by expert id.
+        streams: stream of each position.
+        num_prompt: number of positions of the prompt; the rest is the answer.
         shares_SE: each row sums to 1, or is NaN where no site read the position.
-        leading_S: the expert with the largest share (the first of equal ones).
+        leading_S: id of the expert with the largest share; ties go to the first.
         leading_share_S: its share; NaN where no site read the position.
-        text_E: mean over all positions that a site read, as in the next two.
-        prompt_E: mean over the prompt; None if no site read any of it.
-        answer_E: mean over the answer; None if no site read any of it.
+        text_E: mean over all positions that a site read.
+        prompt_E: mean over those of the prompt; None if there are none.
+        answer_E: mean over those of the answer; None if there are none.
     """
 
     experts: tuple[str, ...]
@@ -60,11 +60,11 @@ class LayerWeights:
     """Mean routing weights by layer. NaN where a layer has no such site.
 
     Attributes:
-        layers: labels, in the order of the model.
-        kinds: of sites, in the order of the model.
-        tokens_SLE: per position, over the sites of the layer that read it.
-        means: stream that sites read -> kind -> (L, E), over the stream's
-            positions; the kind "all" stands for all sites.
+        layers: labels of layers, in the order of the model.
+        kinds: kinds of sites, in the order of the model.
+        tokens_SLE: means over the sites of a layer that read the position.
+        means: stream -> kind of site -> mean_LE over the stream's positions;
+            kind "all" stands for all sites.
     """
 
     layers: tuple[str, ...]
@@ -79,11 +79,11 @@ def token_shares(
     """Each expert's share of each token, of the prompt, of the answer and of the text.
 
     Args:
-        trace: at least one site was called.
-        num_prompt: positions that belong to the prompt. None means the whole
-            input of an encoder-decoder model, and every position otherwise. If
-            no site reads the input, it has to be given: the trace cannot know.
-        encoder_decoder: whether the traced model is one.
+        trace: a trace in which at least one site was called.
+        num_prompt: number of positions of the prompt. None for the whole input
+            of an encoder-decoder model, and for all positions otherwise.
+            Required if no site reads the input, because the trace then lacks it.
+        encoder_decoder: whether the traced model is an encoder-decoder.
         sequence: index along B.
 
     Raises:
@@ -115,9 +115,9 @@ def token_shares(
 def layer_weights(
     trace: Trace, num_prompt: int | None = None, *, encoder_decoder: bool = False, sequence: int = 0
 ) -> LayerWeights:
-    """Mean routing weights per token, layer and expert, and per layer, expert and kind of site.
+    """Mean routing weights by token, layer and expert, and by layer, expert and kind of site.
 
-    Arguments and errors are those of `token_shares`.
+    See `token_shares` for arguments and errors.
     """
     traced = _Traced(trace, encoder_decoder, sequence, num_prompt)
     layers = list(dict.fromkeys(site.layer for site in traced.described))
@@ -146,22 +146,22 @@ def to_json(
     """The routing of one sequence as plain data.
 
     Args:
-        trace: at least one site was called.
-        tokens: text piece of each position (input before output, the output
-            with its start token). There may be more pieces than positions: the
-            last token of an answer is never read by the model, and a whole
-            output is not if only the encoder is adapted. They get null, and so
-            does an input that no site reads.
+        trace: a trace in which at least one site was called.
+        tokens: text of each position's token (input before output, which
+            includes its start token). There may be more tokens than positions:
+            the model never reads the last token of an answer, and no site reads
+            the output if only the encoder is adapted. Such tokens, and an input
+            that no site reads, get null.
         num_prompt: see `token_shares`.
-        encoder_decoder: whether the traced model is one.
+        encoder_decoder: whether the traced model is an encoder-decoder.
         sequence: index along B.
 
     Returns:
-        Numbers are means of routing weights, rounded to 3 decimals:
+        Means of routing weights, rounded to 3 decimals:
 
         experts: [name], by expert id
-        tokens: [text piece]
-        num_prompt: how many tokens belong to the prompt
+        tokens: [text]
+        num_prompt: number of tokens of the prompt
         streams: [per token: "text", or "input" or "output"]
         sites: [name]
         layers: [label]
@@ -170,7 +170,7 @@ def to_json(
         shares: {"text", "prompt", "answer": {expert name: number}, or null}
         token_shares: [per token: [per expert: number], or null]
         weights: [per token: [per layer: [per expert: number], or null], or null]
-        layer_weights: {stream that sites read: {"all" or kind: [per layer: [per expert: number], or null]}}
+        layer_weights: {stream: {"all" or kind: [per layer: [per expert: number], or null]}}
 
     Raises:
         ValueError: see `token_shares`; or there are fewer tokens than positions.
@@ -204,7 +204,7 @@ def to_json(
 
 
 class _Traced:
-    """One sequence of a trace, with its streams laid end to end."""
+    """One sequence of a trace, with its streams concatenated."""
 
     def __init__(self, trace: Trace, encoder_decoder: bool, sequence: int, num_prompt: int | None) -> None:
         self.described = [describe_site(name, encoder_decoder=encoder_decoder) for name in trace.sites]
@@ -215,15 +215,15 @@ class _Traced:
             lengths.setdefault(site.stream, set()).add(len(weights_SE))
         if num_prompt is not None and num_prompt > 0 and OUTPUT in lengths and not lengths[INPUT]:
             lengths[INPUT] = {num_prompt}
-        for stream, found in lengths.items():
-            if len(found) != 1:
-                saw = f"sites that read the {stream} saw {sorted(found) or 'no'} positions"
+        for stream, counts in lengths.items():
+            if len(counts) != 1:
+                saw = f"sites that read the {stream} saw {sorted(counts) or 'no'} positions"
                 raise ValueError(f"{saw}: trace one call of the model, or one generation with a cache")
-        self.lengths = {stream: min(found) for stream, found in lengths.items()}
+        self.lengths = {stream: min(counts) for stream, counts in lengths.items()}
         self.num_positions = sum(self.lengths.values())
 
     def sites(self) -> Iterator[tuple[Site, torch.Tensor]]:
-        """Each site and its weights_SE; S counts the positions of its own stream."""
+        """Each site with its weights_SE, where S are the positions of its stream."""
         return zip(self.described, self.weights_SE, strict=True)
 
     def positions(self, stream: str) -> slice:
@@ -245,11 +245,11 @@ class _Traced:
 
 
 def _means(traced: _Traced, layers: Sequence[str]) -> dict[str, dict[str, torch.Tensor]]:
-    """Stream -> kind -> (L, E)."""
-    found: dict[str, dict[str, list[list[torch.Tensor]]]] = {stream: {} for stream in traced.lengths}
+    """Stream -> kind of site -> mean_LE."""
+    parts: dict[str, dict[str, list[list[torch.Tensor]]]] = {stream: {} for stream in traced.lengths}
     for site, weights_SE in traced.sites():
         for kind in (ALL_KINDS, site.kind):
-            by_layer = found[site.stream].setdefault(kind, [[] for _ in layers])
+            by_layer = parts[site.stream].setdefault(kind, [[] for _ in layers])
             by_layer[layers.index(site.layer)].append(weights_SE.mean(dim=0))
     none_E = torch.full((traced.num_experts,), torch.nan)
     return {
@@ -257,19 +257,19 @@ def _means(traced: _Traced, layers: Sequence[str]) -> dict[str, dict[str, torch.
             kind: torch.stack([torch.stack(rows).mean(dim=0) if rows else none_E for rows in by_layer])
             for kind, by_layer in kinds.items()
         }
-        for stream, kinds in found.items()
+        for stream, kinds in parts.items()
         if kinds
     }
 
 
 def _mean(shares_SE: torch.Tensor) -> torch.Tensor | None:
-    """Over the positions that a site read; None if there is none."""
+    """Mean over the positions that a site read; None if there are none."""
     read_SE = shares_SE[~shares_SE.isnan().any(dim=-1)]
     return read_SE.mean(dim=0) if len(read_SE) else None
 
 
 def _rounded(values: torch.Tensor) -> list[Any]:
-    """Nested lists; NaN, or a row of NaN (nothing to average), becomes None."""
+    """Nested lists; NaN, or a row of NaN, becomes None (nothing was averaged)."""
     if values.dim() == 1:
         return [None if math.isnan(value) else round(value, DECIMALS) for value in values.tolist()]
     return [None if row.isnan().all() else _rounded(row) for row in values]

@@ -1,14 +1,14 @@
-"""Records the routing of tasks: means over tokens and rows, added up where the model runs.
+"""Records the routing of tasks: means over rows of means over a row's tokens.
 
-A row is read as in training: its input, and its (first) right target with the
-tokens before each as given, the end of the target left out because no model
-reads it. So nothing is generated, and all routers see the same tokens.
+A row is read as in training: its input, then its first right target by teacher
+forcing. The end of the target is left out, because the model never reads it.
+Nothing is generated, so all routers see the same tokens.
 
-Tokens weigh equally within a row, rows equally within a task. Otherwise a few
-long rows would speak for a task.
+Tokens have equal weight within a row, and rows within a task; otherwise a few
+long rows would dominate a task.
 
-Axes: B rows, S positions, N = B * S tokens, E experts, M sites, V values (E
-weights and two entropies).
+Axes: B rows, S positions, E experts, M sites, V values (E weights and two
+entropies).
 """
 
 from __future__ import annotations
@@ -25,97 +25,24 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from phatgoose.analysis.recording import RecordingFolder, RecordingHeader
+from phatgoose.analysis.recording import RecordingHeader
+from phatgoose.analysis.recording_folder import RecordingFolder
+from phatgoose.analysis.site_usage import SiteUsage, TokenWeights
 from phatgoose.analysis.task_routing import Array, TaskRouting
 from phatgoose.config import RecordingConfig
 from phatgoose.data.batching import by_length
 from phatgoose.data.encoder import IGNORED, Encoder
-from phatgoose.errors import BaseModelError, RouterError
+from phatgoose.errors import RouterError
 from phatgoose.evaluation.methods import Method
 from phatgoose.evaluation.suites.task import SuiteTask
 from phatgoose.experts.site_names import INPUT, OUTPUT, TEXT, describe_site
-from phatgoose.kernels.types import Routing
 from phatgoose.models.base import DTYPES
 from phatgoose.results.names import LEAVE_ONE_OUT
 from phatgoose.results.writer import PACKAGES
-from phatgoose.routers.record import ScoresRecord
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
 
 EncodedRow = dict[str, list[int]]
-
-
-class TokenWeights:
-    """What each token of the batch at hand counts for: 1 / the tokens of its row, 0 if it is padding."""
-
-    def __init__(self) -> None:
-        self._streams: dict[str, torch.Tensor] = {}
-        self._moved: dict[tuple[str, torch.device], torch.Tensor] = {}
-
-    def set(self, masks: dict[str, torch.Tensor]) -> None:
-        """Begin a batch.
-
-        Args:
-            masks: stream (see `Site.stream`) -> mask_BS, 1 for tokens, 0 for padding.
-        """
-        self._streams = {
-            stream: (mask_BS / mask_BS.sum(dim=1, keepdim=True)).flatten() for stream, mask_BS in masks.items()
-        }
-        self._moved = {}
-
-    def on(self, stream: str, device: torch.device) -> torch.Tensor:
-        """weights_N, fp32, of one stream; moved once a batch."""
-        key = stream, device
-        if key not in self._moved:
-            self._moved[key] = self._streams[stream].to(device)
-        return self._moved[key]
-
-
-class SiteUsage(ScoresRecord):
-    """Adds up one site's routing weights and entropies.
-
-    Nothing is read back from the device, and no routing of a single token is kept.
-
-    Args:
-        site: its name.
-        stream: whose tokens it reads.
-        linear: the routed layer.
-        tokens: of the batch at hand.
-        temperature: of the router.
-    """
-
-    def __init__(self, site: str, stream: str, linear: RoutedLinear, tokens: TokenWeights, temperature: float) -> None:
-        self.site = site
-        self.stream = stream
-        self.tokens = tokens
-        self.temperature = temperature
-        self.called = False
-        self.sums_V = torch.zeros(len(linear.router.absent_E) + 2, device=linear.router.absent_E.device)
-
-    def append_scores(self, scores_NE: torch.Tensor, routing: Routing, leading_shape: torch.Size) -> None:
-        """See `ScoresRecord.append_scores`."""
-        weights_N = self.tokens.on(self.stream, scores_NE.device)
-        if len(weights_N) != len(scores_NE):
-            raise BaseModelError(
-                f"{self.site} does not see each token of a batch once, so its routing cannot be averaged",
-                found=f"{len(scores_NE)} activations",
-                expected=f"{len(weights_N)}, padding included",
-                fix="analyse a pool whose experts leave this layer alone",
-            )
-        # a token that may choose nobody has NaN here and weights of 0
-        probabilities_NE = torch.softmax(scores_NE / self.temperature, dim=-1).nan_to_num(0.0)
-        # ids are distinct within a row, so that a plain scatter is exact, and the same each time
-        spread_NE = torch.zeros_like(scores_NE).scatter(1, routing.expert_ids_NK, routing.weights_NK)
-        values_NV = torch.cat(
-            [
-                spread_NE,
-                torch.special.entr(probabilities_NE).sum(dim=1, keepdim=True),
-                torch.special.entr(routing.weights_NK).sum(dim=1, keepdim=True),
-            ],
-            dim=1,
-        )
-        self.sums_V += weights_N @ values_NV
-        self.called = True
 
 
 def record_tasks(
@@ -126,23 +53,25 @@ def record_tasks(
     config: RecordingConfig,
     out: Path,
 ) -> int:
-    """Record the tasks that are not there yet, each as soon as it is finished. One progress bar, on standard error.
+    """Record the tasks that are not recorded yet, and write each as soon as it is finished.
+
+    One progress bar is shown, on standard error.
 
     Args:
-        model: to watch.
-        encoder: of its base model.
-        tasks: of any suites, made with the limit of `config`.
-        method: that the model routes by.
+        model: the routed model.
+        encoder: the encoder of its base model.
+        tasks: tasks of any suites, made with the limit of `config`.
+        method: the method that the model routes with.
         config: rows, seed and size of batches.
-        out: recording folder.
+        out: the recording folder.
 
     Returns:
-        How many were there already.
+        Number of tasks that were recorded before.
 
     Raises:
         RouterError: the model has empty slots.
-        ResultsError: `out` is no folder, holds another recording, or is damaged
-            or being written to.
+        ResultsError: `out` is not a folder, holds another recording, is
+            damaged, or is being written to.
         DataError, SuiteError, BaseModelError: see `record_task`.
     """
     if "" in model.slots.names:
@@ -180,10 +109,10 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
     """Run a task's rows through a routed model. In leave-one-out, the task's own expert is masked.
 
     Args:
-        model: to watch.
-        encoder: of its base model.
-        task: of any suite.
-        batch_tokens: positions of a batch, padding included; one row at least.
+        model: the routed model.
+        encoder: the encoder of its base model.
+        task: a task of any suite.
+        batch_tokens: most positions of a batch, padding included; a batch has at least one row.
 
     Raises:
         DataError, SuiteError: the task's rows cannot be read.
@@ -233,12 +162,12 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
 
 
 def _texts(row: EncodedRow) -> list[list[int]]:
-    """What the model reads: one text, or the encoder's and the decoder's."""
+    """The token ids that the model reads: one sequence, or the encoder's and the decoder's."""
     return [ids for name, ids in row.items() if name != "labels"]
 
 
 def _without_logits(model: RoutedModel) -> dict[str, Any]:
-    """Options that save most of the output layer's work, unless that layer is routed."""
+    """Options of the forward pass that skip most logits, unless the output layer is routed."""
     wrapped: Any = model.model
     routed = isinstance(wrapped.get_output_embeddings(), RoutedLinear)
     return {} if routed or "logits_to_keep" not in signature(wrapped.forward).parameters else {"logits_to_keep": 1}
@@ -256,6 +185,6 @@ def _means(usages: Sequence[SiteUsage], num_rows: int) -> Array:
 
 
 def _read_back(parts: Sequence[torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> Array:
-    """All sites' values at once: the one place where the CPU waits for the device."""
+    """Copy all sites' values to the CPU at once: the only place where it waits for the device."""
     stacked = torch.stack([part.to(parts[0].device) for part in parts])
     return change(stacked).cpu().double().numpy()

@@ -1,4 +1,4 @@
-"""Sites as a grid of layers and kinds, read from their names.
+"""Arranges sites in a grid of layers and kinds, by their names.
 
 Axes: M sites, L layers, K kinds.
 """
@@ -16,21 +16,21 @@ Array = NDArray[np.float64]
 
 
 class SiteGrid:
-    """Which layer and which kind each site is of.
+    """Layer and kind of each site.
 
-    A layer is the first number in a site's name (after "encoder " or "decoder "
-    in an encoder-decoder model), a kind is the rest of the name, as short as
-    tells it apart: "q_proj", but "attn.c_proj" and "mlp.c_proj". Sites that
-    differ only in a further number, such as the experts of a mixture, are of one
-    kind.
+    A layer is the first number in a site's name, after "encoder " or "decoder "
+    in an encoder-decoder model. A kind is the shortest end of the rest of the
+    name that is unique: "q_proj", but "attn.c_proj" and "mlp.c_proj". Sites
+    that differ only in a further number, such as the experts of an MoE layer,
+    have the same kind.
 
     Args:
         sites: names, in the order of the model.
-        encoder_decoder: of the model.
+        encoder_decoder: whether the model is an encoder-decoder.
 
     Attributes:
         layers, kinds: labels, in the order of the model.
-        layer_M, kind_M: numbers of each site's labels.
+        layer_M, kind_M: indices of each site's labels.
     """
 
     def __init__(self, sites: Sequence[str], *, encoder_decoder: bool = False) -> None:
@@ -46,22 +46,22 @@ class SiteGrid:
         """Means over the sites of each layer and kind.
 
         Args:
-            values: of shape (..., M); NaN does not count.
+            values: shape (..., M); NaN is ignored.
 
         Returns:
-            Of shape (..., L, K); NaN where there is no site.
+            Means of shape (..., L, K); NaN where there is no site.
         """
         shape = (len(self.layers), len(self.kinds))
-        numbers_M = self.layer_M * shape[1] + self.kind_M
-        return _group_means(values, numbers_M, shape[0] * shape[1]).reshape(*values.shape[:-1], *shape)
+        cell_M = self.layer_M * shape[1] + self.kind_M
+        return _group_means(values, cell_M, shape[0] * shape[1]).reshape(*values.shape[:-1], *shape)
 
     def by_layer(self, values: Array) -> Array:
         """Means over the sites of each layer, (..., M) -> (..., L)."""
         return _group_means(values, self.layer_M, len(self.layers))
 
 
-def _group_means(values: Array, numbers_M: NDArray[np.int64], num_groups: int) -> Array:
-    member_MG = np.eye(num_groups)[numbers_M]
+def _group_means(values: Array, group_M: NDArray[np.int64], num_groups: int) -> Array:
+    member_MG = np.eye(num_groups)[group_M]
     known = ~np.isnan(values)
     counts = known.astype(np.float64) @ member_MG
     sums = np.where(known, values, 0.0) @ member_MG
@@ -76,11 +76,11 @@ def _rest(site: str) -> str:
 
 
 def _shortest(names: Sequence[str]) -> dict[str, str]:
-    """For each name, as many of its last parts as no other name ends with."""
-    found = {}
+    """For each name, the fewest of its last parts that no other name ends with."""
+    shortest = {}
     for name in names:
         parts = name.split(".")
         others = [f".{other}" for other in names if other != name]
         ends = (".".join(parts[-n:]) for n in range(1, len(parts) + 1))
-        found[name] = next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name)
-    return found
+        shortest[name] = next((end for end in ends if not any(o.endswith(f".{end}") for o in others)), name)
+    return shortest

@@ -1,8 +1,8 @@
-"""How all figures look.
+"""Style of all figures.
 
-One sequential map (light is little) serves all heat maps, so that they also
-print in grey; lines have Okabe and Ito's colours, which colour-blind people tell
-apart, and dashes.
+All heat maps share one sequential colour map (light is little), so that they
+also print in grey. Lines have the colours of Okabe and Ito, which colour-blind
+people can tell apart, and different dashes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 MAP = "YlGnBu"
 MARK = "#D55E00"
-# of all figures; text becomes outlines, so that an SVG looks the same everywhere
+# text becomes outlines, so that an SVG looks the same everywhere
 STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 10.0,
@@ -21,11 +21,12 @@ STYLE: Any = {
     "axes.spines.right": False,
     "legend.frameon": False,
     "svg.fonttype": "path",
-    "text.parse_math": False,  # a name may have a $
+    "text.parse_math": False,  # a name may contain a $
     "figure.facecolor": "white",
 }
-# black comes last: it is for means
+# black comes last: it is reserved for means
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6D1F", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-WIDTH = 11.0  # inches, of figures of several panels
+# width of figures with several panels, in inches
+WIDTH = 11.0

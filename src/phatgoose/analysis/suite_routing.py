@@ -1,4 +1,4 @@
-"""The routing of a suite's tasks, from several recordings.
+"""The routing of a suite's tasks, over several recordings.
 
 Axes: R recordings, T tasks, M sites, E experts, L layers, K kinds of sites.
 """
@@ -16,7 +16,7 @@ from phatgoose.analysis.site_grid import SiteGrid
 from phatgoose.routers import router_class
 
 Array = NDArray[np.float64]
-# measure -> what it is the entropy of
+# measure -> the distribution whose entropy it is
 MEASURES = {
     "scores": "softmax over all scores",
     "chosen": "weights of the chosen",
@@ -26,11 +26,11 @@ MEASURES = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Entropy:
-    """One measure's means over a suite's tasks.
+    """One measure's entropy, averaged over a suite's tasks. NaN where a layer has no such site.
 
     Attributes:
-        nats_RLK: NaN where a layer has no such site.
-        share_RLK: of the largest entropy that is possible there.
+        nats_RLK: in nats.
+        share_RLK: as a fraction of the largest possible entropy.
     """
 
     nats_RLK: Array
@@ -39,15 +39,15 @@ class Entropy:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SuiteRouting:
-    """One suite.
+    """The routing of one suite.
 
     Attributes:
-        suite: its name.
-        tasks: names.
-        masked_TE: experts that a task could not choose.
+        suite: name of the suite.
+        tasks: names of its tasks.
+        masked_TE: whether an expert was masked for a task.
         usage_RTE: mean routing weight over all sites.
-        layers_RTLE: the same over the sites of a layer.
-        entropies: by measure, see `MEASURES`.
+        layers_RTLE: mean routing weight over the sites of each layer.
+        entropies: measure (see `MEASURES`) -> entropy.
     """
 
     suite: str
@@ -59,12 +59,13 @@ class SuiteRouting:
 
 
 def suite_routing(recordings: Sequence[Recording], suite: str, tasks: list[str], grid: SiteGrid) -> SuiteRouting:
-    """Average over sites.
+    """Average the routing of a suite's tasks over sites.
 
     Args:
-        recordings: that agree in experts, sites and router.
-        suite, tasks: which all of them have.
-        grid: of their sites.
+        recordings: recordings with the same experts, sites and router.
+        suite: name of the suite.
+        tasks: names of tasks that all recordings have.
+        grid: layers and kinds of the sites.
     """
 
     def stacked(field: str) -> Array:
@@ -96,15 +97,15 @@ def suite_routing(recordings: Sequence[Recording], suite: str, tasks: list[str],
 
 
 def entropy(weights: Array) -> Array:
-    """Entropy (nats) over the last axis; NaN stays NaN."""
+    """Entropy in nats over the last axis; NaN where a weight is NaN."""
     return -np.sum(weights * np.log(np.where(weights > 0, weights, 1.0)), axis=-1)
 
 
 def _shares(nats: Array, among: Array) -> Array:
-    """Of the largest entropy among so many; NaN where one or none is left to choose."""
+    """Entropy as a fraction of the largest for `among` experts; NaN where fewer than two can be chosen."""
     return np.divide(nats, np.log(np.maximum(among, 1)), out=np.full_like(nats, np.nan), where=among > 1)
 
 
 def spread(values: Array) -> tuple[Array, Array | None]:
-    """Mean and standard deviation over the first axis, the recordings; None with one of them."""
+    """Mean and standard deviation over the first axis, the recordings; no deviation (None) with one."""
     return values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else None

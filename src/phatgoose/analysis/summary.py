@@ -1,6 +1,6 @@
-"""What recordings say: who is used for what, how sure the choices are, and how near they are to the Oracle's.
+"""Summarises recordings: which experts are used for what, how concentrated the routing is, how close to the Oracle's.
 
-Each recording is one repetition (a pool of another training seed).
+Each recording is one repetition: a pool trained with another seed.
 
 Axes: R recordings, T tasks, E experts.
 """
@@ -25,19 +25,21 @@ from phatgoose.results.names import HELD_IN, LEAVE_ONE_OUT, SUITES
 from phatgoose.results.rows import Result
 
 Array = NDArray[np.float64]
-# in which recordings that are averaged agree
+# header fields in which averaged recordings must agree
 SHARED = ("method", "router", "base", "experts", "sites", "text", "limit", "dtype")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnShare:
-    """How much of a held-in task its own expert carries.
+    """The share of a held-in task's own expert in its routing weights.
 
     Attributes:
-        task: its name, and its expert's.
-        share: mean over the recordings; `share_sd` between them, None with one.
-        rank: of the own expert by mean share; 1 is the largest.
-        leader, leader_share: the expert with the largest.
+        task: name of the task, and of its own expert.
+        share: mean over the recordings.
+        share_sd: standard deviation between recordings; None with one recording.
+        rank: rank of the own expert by mean share; 1 is the largest.
+        leader: the expert with the largest mean share.
+        leader_share: its share.
     """
 
     task: str
@@ -50,21 +52,22 @@ class OwnShare:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Analysis:
-    """Everything that tables, figures and the page show.
+    """Everything that the tables, the figures and the page show.
 
     Attributes:
-        header: of the first recording; the others agree in `SHARED`.
-        seeds: of the recordings.
+        header: header of the first recording; the others agree in `SHARED`.
+        seeds: seeds of the recordings.
         pools: names of the pools, in the order of the recordings.
         num_rows: (fewest, most) rows of a task.
-        grid: the sites' layers and kinds.
-        suites: in the order of `SUITES`.
-        own: held-in tasks, the largest share first; empty without held-in.
-        distance: from the Oracle; None without the results that it needs.
-        similarity_EE: cosine of two experts' usage over all tasks, mean over the recordings.
-        similarity_order: experts so that similar ones stand together.
-        heatmaps: (suite, task) whose layers are drawn, and why these, in a sentence.
-        notes: what a reader should know.
+        grid: layers and kinds of the sites.
+        suites: routing of each suite, in the order of `SUITES`.
+        own: held-in tasks, largest share first; empty without held-in.
+        distance: distance from the Oracle; None without the necessary results.
+        similarity_EE: cosine similarity of two experts' usage over all tasks, averaged over the recordings.
+        similarity_order: expert ids, ordered so that similar experts are adjacent.
+        heatmaps: (suite, task) pairs whose layers are drawn.
+        heatmaps_why: a sentence on why these are drawn.
+        notes: what a reader should know, in sentences.
     """
 
     header: RecordingHeader
@@ -82,7 +85,7 @@ class Analysis:
     notes: list[str]
 
     def suite(self, name: str) -> SuiteRouting:
-        """One of the suites."""
+        """The routing of one suite."""
         return next(one for one in self.suites if one.suite == name)
 
 
@@ -93,17 +96,17 @@ def analyse(
     heatmaps: Sequence[str] = (),
     bootstrap: BootstrapConfig | None = None,
 ) -> Analysis:
-    """Read recordings, and work out what they say.
+    """Read and summarise recordings.
 
     Args:
-        folders: of `phatgoose record`; one for each repetition.
+        folders: recording folders, one for each repetition.
         results: rows of `phatgoose eval` for the same pools, for the distance from the Oracle.
-        heatmaps: "suite/task" whose layers are drawn; some are chosen if empty.
-        bootstrap: of the correlations' intervals.
+        heatmaps: tasks as "suite/task" whose layers are drawn; if empty, some are chosen.
+        bootstrap: settings of the correlations' intervals.
 
     Raises:
-        ResultsError: a folder that is no recording, is damaged or is empty, or
-            recordings that do not belong together; no such task in `heatmaps`.
+        ResultsError: a folder is not a recording, is damaged or is empty,
+            recordings do not belong together, or a task in `heatmaps` is unknown.
     """
     recordings = [read_recording(folder) for folder in dict.fromkeys(folders)]
     notes = _check_alike(recordings)
@@ -143,27 +146,27 @@ def _check_alike(recordings: Sequence[Recording]) -> list[str]:
             raise ResultsError(
                 f"{one.folder} has no finished task", fix="let phatgoose record finish at least one task"
             )
-        odd = [name for name in SHARED if getattr(one.header, name) != getattr(first.header, name)]
-        if odd:
+        unequal = [name for name in SHARED if getattr(one.header, name) != getattr(first.header, name)]
+        if unequal:
             raise ResultsError(
-                f"{first.folder} and {one.folder} cannot be averaged: they differ in {odd[0]}",
-                found=f"{str(getattr(first.header, odd[0]))[:80]} and {str(getattr(one.header, odd[0]))[:80]}",
+                f"{first.folder} and {one.folder} cannot be averaged: they differ in {unequal[0]}",
+                found=f"{str(getattr(first.header, unequal[0]))[:80]} and {str(getattr(one.header, unequal[0]))[:80]}",
                 expected="one router and one set of experts, trained with different seeds",
-                fix="analyse each alone",
+                fix="analyse each of them alone",
             )
         for key in first.tasks.keys() & one.tasks.keys():
             if first.tasks[key].data != one.tasks[key].data:
                 raise ResultsError(
-                    f"{first.folder} and {one.folder} have other rows of {key[0]}/{key[1]}",
+                    f"{first.folder} and {one.folder} have different rows of {key[0]}/{key[1]}",
                     expected="the same rows in all recordings",
                     fix="record one of them again, with the data of the other",
                 )
     runs = [(one.header.pool, one.header.seed) for one in recordings]
     if len(set(runs)) < len(runs):
         raise ResultsError(
-            "two of the recordings are of the same pool with the same seed",
+            "two recordings are of the same pool, with the same seed",
             found=", ".join(str(one.folder) for one in recordings),
-            expected="one for each training seed's pool",
+            expected="one recording for the pool of each training seed",
         )
     every = {key for one in recordings for key in one.tasks}
     lacking = sorted(key for key in every if any(key not in one.tasks for one in recordings))
@@ -173,12 +176,12 @@ def _check_alike(recordings: Sequence[Recording]) -> list[str]:
 
 
 def _own(suites: Sequence[SuiteRouting], experts: Sequence[str]) -> list[OwnShare]:
-    found = []
+    shares = []
     for suite in suites:
         for t, task in enumerate(suite.tasks if suite.suite == HELD_IN else ()):
             mean_E, sd_E = spread(suite.usage_RTE[:, t])
             own, leader = experts.index(task), int(mean_E.argmax())
-            found.append(
+            shares.append(
                 OwnShare(
                     task=task,
                     share=float(mean_E[own]),
@@ -188,7 +191,7 @@ def _own(suites: Sequence[SuiteRouting], experts: Sequence[str]) -> list[OwnShar
                     leader_share=float(mean_E[leader]),
                 )
             )
-    return sorted(found, key=lambda one: -one.share)
+    return sorted(shares, key=lambda one: -one.share)
 
 
 def _similarity(suites: Sequence[SuiteRouting]) -> Array:

@@ -1,7 +1,7 @@
 """An analysis as tables, Markdown and JSON.
 
-Weights, scores and shares are in per cent, differences in points of them;
-entropies in nats too. JSON has shares of 1.
+In tables, weights, scores and shares are in percent, differences in percentage
+points, and entropies in nats too. In JSON, all of them are fractions.
 
 Axes: R recordings, T tasks, E experts, L layers, K kinds of sites.
 """
@@ -23,7 +23,8 @@ from phatgoose.report.tables import MINUS, NOTHING, Table, TableCell, markdown_l
 from phatgoose.results.bootstrap import Interval
 
 Array = NDArray[np.float64]
-DECIMALS = 5  # of JSON
+# decimals of numbers in JSON
+DECIMALS = 5
 SHORT = {"scores": "all scores", "chosen": "chosen", "usage": "usage"}
 _ENTROPY_NOTE = (
     "Entropy in nats, and as % of the largest possible: of the softmax over all experts' scores and of the chosen"
@@ -32,7 +33,7 @@ _ENTROPY_NOTE = (
 
 
 def all_tables(analysis: Analysis) -> list[Table]:
-    """In the order of the page."""
+    """All tables, in the order of the page."""
     return [
         overview(analysis),
         *([own_shares(analysis)] if analysis.own else []),
@@ -44,12 +45,12 @@ def all_tables(analysis: Analysis) -> list[Table]:
 
 
 def overview(analysis: Analysis) -> Table:
-    """A line for each suite."""
+    """One row per suite: entropies, and experts in use."""
     rows = []
     for suite in analysis.suites:
         row = [TableCell(suite.suite), TableCell(str(len(suite.tasks)))]
-        row += _entropy_entries([suite], lambda values_RLK: np.nanmean(values_RLK, axis=(1, 2)))
-        # of the usage over all sites: what a map of tasks and experts shows
+        row += _entropy_cells([suite], lambda values_RLK: np.nanmean(values_RLK, axis=(1, 2)))
+        # from the usage over all sites, which the heat map of tasks and experts shows
         row.append(TableCell(_number(*spread(np.exp(entropy(suite.usage_RTE)).mean(axis=1)), digits=1)))
         rows.append(row)
     notes = [
@@ -63,7 +64,7 @@ def overview(analysis: Analysis) -> Table:
 
 
 def own_shares(analysis: Analysis) -> Table:
-    """Held-in tasks and their own experts."""
+    """One row per held-in task: the share of its own expert."""
     rows = [
         [
             TableCell(one.task),
@@ -92,7 +93,7 @@ def own_shares(analysis: Analysis) -> Table:
 
 
 def leaders(analysis: Analysis, suite: SuiteRouting) -> Table:
-    """The three experts with most weight, for each task."""
+    """One row per task: the three experts with the largest weights."""
     rows = []
     for t, task in enumerate(suite.tasks):
         mean_E, sd_E = spread(suite.usage_RTE[:, t])
@@ -107,7 +108,7 @@ def leaders(analysis: Analysis, suite: SuiteRouting) -> Table:
 
 
 def entropies(analysis: Analysis, by: str) -> Table:
-    """By "kind" of site or by "layer"; means over suites."""
+    """One row per kind of site (`by="kind"`) or per layer (`by="layer"`), averaged over suites."""
     labels = analysis.grid.kinds if by == "kind" else analysis.grid.layers
     rows = []
     for i, label in enumerate(labels):
@@ -115,7 +116,7 @@ def entropies(analysis: Analysis, by: str) -> Table:
         def part(values_RLK: Array, i: int = i) -> Array:
             return np.nanmean(values_RLK[:, :, i] if by == "kind" else values_RLK[:, i], axis=1)
 
-        rows.append([TableCell(label), *_entropy_entries(analysis.suites, part)])
+        rows.append([TableCell(label), *_entropy_cells(analysis.suites, part)])
     title = "Entropy by kind of site" if by == "kind" else "Entropy by layer"
     over = "layers" if by == "kind" else "kinds of sites"
     notes = [_ENTROPY_NOTE, f"Mean over the tasks of a suite, the suites and the {over}.", *_sd_note(analysis)]
@@ -123,20 +124,20 @@ def entropies(analysis: Analysis, by: str) -> Table:
 
 
 def correlations(analysis: Analysis) -> Table:
-    """Of the distance from the Oracle with performance."""
+    """Correlations of the distance from the Oracle with performance."""
     assert analysis.distance is not None
     rows = []
-    for suite, found in analysis.distance.correlations.items():
-        for name, one in found.items():
+    for suite, by_field in analysis.distance.correlations.items():
+        for name, one in by_field.items():
             row = [TableCell(suite), TableCell(AGAINST[name]), TableCell(str(one.num_tasks))]
             for value, interval in ((one.pearson, one.pearson_interval), (one.spearman, one.spearman_interval)):
                 sure = interval is not None and interval.excludes_zero()
                 row += [TableCell(_signed(value)), TableCell(_limits(interval), bold=sure)]
             rows.append(row)
     notes = [
-        "Correlation over tasks of the distance with the router's score, and with what it is better than the Oracle and"
-        f" the base by. The paper has Pearson {_signed(PAPERS_PEARSON, 1)} for T5-XL. Intervals: 95 %, other tasks of"
-        " the kind; bold ones leave out zero; with many intervals, some do so by chance.",
+        "Correlation, over tasks, of the distance with the router's score, and with that score minus the Oracle's and"
+        f" minus the base's. The paper has Pearson {_signed(PAPERS_PEARSON, 1)} for T5-XL. Intervals: 95 %, other tasks"
+        " of the kind; bold ones exclude zero; with many intervals, some do so by chance.",
         *(
             [f"{ALL}: the paper's suites together, without leave-one-out."]
             if ALL in analysis.distance.correlations
@@ -148,7 +149,7 @@ def correlations(analysis: Analysis) -> Table:
 
 
 def distances(analysis: Analysis) -> Table:
-    """Each task's distance from the Oracle."""
+    """One row per task: its distance from the Oracle."""
     assert analysis.distance is not None
     rows = [
         [
@@ -173,7 +174,7 @@ def distances(analysis: Analysis) -> Table:
 
 
 def markdown(analysis: Analysis) -> str:
-    """All tables as GitHub reads them."""
+    """All tables in GitHub's Markdown."""
     header = analysis.header
     lines = [
         "# Analysis of the routing",
@@ -189,7 +190,7 @@ def markdown(analysis: Analysis) -> str:
 
 
 def to_json(analysis: Analysis) -> dict[str, Any]:
-    """All numbers of tables and figures; means and standard deviations over the recordings (null with one)."""
+    """All numbers of the tables and figures: means and standard deviations (null with one recording)."""
     return {
         "format": 1,
         **{name: getattr(analysis.header, name) for name in ("method", "router", "base", "dtype", "limit", "text")},
@@ -231,7 +232,7 @@ def _rounded(values: Array) -> Any:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
+    """Replace NaN and infinities, which JSON lacks, with None."""
     if isinstance(value, dict):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -243,22 +244,22 @@ def _entropy_head() -> list[str]:
     return [f"{SHORT[name]}, {unit}" for name in MEASURES for unit in ("nats", "%")]
 
 
-def _entropy_entries(suites: Sequence[SuiteRouting], reduce: Any) -> list[TableCell]:
-    """Nats and per cent of each measure; `reduce` makes (R,) of (R, L, K)."""
-    entries = []
+def _entropy_cells(suites: Sequence[SuiteRouting], reduce: Any) -> list[TableCell]:
+    """Each measure in nats and in percent; `reduce` maps (R, L, K) to (R,)."""
+    cells = []
     for name in MEASURES:
         both = [
             np.mean([reduce(getattr(suite.entropies[name], field)) for suite in suites], axis=0)
             for field in ("nats_RLK", "share_RLK")
         ]
-        entries += [TableCell(_number(*spread(both[0]))), TableCell(_number(*spread(100 * both[1]), digits=1))]
-    return entries
+        cells += [TableCell(_number(*spread(both[0]))), TableCell(_number(*spread(100 * both[1]), digits=1))]
+    return cells
 
 
 def _table(
     title: str, head: list[str], rows: list[list[TableCell]], notes: list[str], texts: int | tuple[int, ...]
 ) -> Table:
-    """`texts`: columns that are no numbers, the first ones or their numbers."""
+    """A table whose columns are numeric except `texts`: the first so many, or those with these indices."""
     columns = range(texts) if isinstance(texts, int) else texts
     return Table(
         title=title,

@@ -1,4 +1,4 @@
-"""Where the tokens of one task went, summed up.
+"""The routing of one task, averaged over its tokens.
 
 Axes: M sites, E experts.
 """
@@ -15,17 +15,18 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TaskRouting:
-    """Means over a task's rows; within a row, over its tokens. NaN for a site that no token passed.
+    """Means over a task's rows of means over a row's tokens. NaN for a site that saw no token.
 
     Attributes:
-        suite, task: which.
+        suite, task: names.
         data: sha256 of the rows.
-        num_rows, num_tokens: that the means stand on (encoder-decoder: tokens of both sides).
+        num_rows: number of rows.
+        num_tokens: number of tokens, on both sides of an encoder-decoder.
         masked: experts that were masked out of the pool.
         weights_ME: routing weights.
         entropy_all_M: entropy (nats) of the softmax over all experts' scores.
         entropy_chosen_M: entropy (nats) of the chosen experts' weights.
-        usable_M: experts that a token could choose from: those that adapt the site and are not masked.
+        usable_M: number of experts that a token could choose: those that adapt the site and are not masked.
     """
 
     suite: str

@@ -1,4 +1,4 @@
-"""A grid: methods x tasks x seeds, evaluated cell by cell into a results folder."""
+"""A grid of methods x tasks x seeds, evaluated into a results folder cell by cell."""
 
 from __future__ import annotations
 
@@ -30,8 +30,9 @@ class Cell:
     """A method on a task, with one seed.
 
     Attributes:
-        seed: of what a router draws; it also tells repetitions apart.
-        key: the fields by which a results folder knows the cell.
+        task, method: the task and the method.
+        seed: random seed of the router; it also distinguishes repetitions.
+        key: the fields `CELL` and `SETTINGS` of the cell's row.
     """
 
     task: SuiteTask
@@ -41,7 +42,7 @@ class Cell:
 
     @property
     def router(self) -> RouterConfig | None:
-        """None for the base model alone."""
+        """Settings of the router; None for the base model alone."""
         return self.method.router_for(self.task.name)
 
     @property
@@ -61,18 +62,18 @@ def plan(
     limit: int | None,
     text: TextConfig,
 ) -> list[Cell]:
-    """All cells of a grid; the rows of its tasks are read, so that bad data fails before anything runs.
+    """All cells of a grid. Reads the rows of its tasks, so that invalid data fails before anything runs.
 
-    `own` is only for held-in; a single expert is not evaluated where it is masked
-    out, nor `multitask`, which was trained on all datasets, in leave-one-out.
+    `own` is evaluated on held-in only. Leave-one-out has neither a dataset's own
+    expert nor `multitask`, which was trained on all datasets.
 
     Args:
-        tasks: of any suites.
-        methods: checked against the pool.
-        seeds: one repetition each.
+        tasks: tasks of any suites.
+        methods: methods that were checked against the pool.
+        seeds: one seed for each repetition.
         base: name of the base model.
-        dtype: of its weights.
-        limit: that the tasks were made with.
+        dtype: dtype of its weights.
+        limit: the limit with which the tasks were made.
         text: how requests become tokens.
 
     Raises:
@@ -108,15 +109,15 @@ def plan(
 
 
 def with_data(tasks: Sequence[SuiteTask]) -> tuple[list[SuiteTask], list[SuiteError]]:
-    """The tasks that have data, and why the others have none."""
-    found, missing = [], []
+    """The tasks that have data, and the errors of those that have none."""
+    present, missing = [], []
     for task in tasks:
         try:
             task.rows  # noqa: B018
-            found.append(task)
+            present.append(task)
         except SuiteError as error:
             missing.append(error)
-    return found, missing
+    return present, missing
 
 
 def evaluate(
@@ -129,18 +130,18 @@ def evaluate(
 ) -> None:
     """Evaluate cells, and write each as soon as it is finished.
 
-    The tasks of a method that are scored alike are batched together. There is
-    one progress bar, on standard error.
+    A method's tasks are batched together if they are scored in the same way. One
+    progress bar is shown, on standard error.
 
     Args:
-        cells: in the order of their methods.
-        model: the base model; it is as it was afterwards.
-        encoder: of the base model.
-        pool: the experts.
-        results: where the rows go.
+        cells: cells, in the order of their methods.
+        model: the base model; it is restored afterwards.
+        encoder: the encoder of the base model.
+        pool: the pool of experts.
+        results: the results folder to write to.
         config: sizes of batches and chunks.
     """
-    results.folder.mkdir(parents=True, exist_ok=True)  # a disk that refuses does so before the work
+    results.folder.mkdir(parents=True, exist_ok=True)  # an unwritable folder fails before the work
     versions = {name: version(name) for name in PACKAGES}
     total = sum(cell.task.num_requests for cell in cells)
     with tqdm(total=total, unit="request", smoothing=0.05) as bar:
@@ -161,7 +162,7 @@ def evaluate(
                     on_batch=bar.update,
                     without={cell.task.task_name: cell.masked for cell in same_router},
                 )
-                # answers are written apart from choices anyway, and take another time each
+                # answers are never batched with choices, and take longer per request
                 for alike in _runs(same_router, lambda cell: cell.task.is_written):
                     for chunk in _chunks(alike, config.chunk_requests):
                         bar.set_description(f"{first.method.name} on {chunk[0].task.task_name}")
@@ -173,7 +174,7 @@ def _exists(method: Method, task: SuiteTask) -> bool:
         return task.suite == HELD_IN
     if task.suite != LEAVE_ONE_OUT:
         return True
-    # neither has left its own data out
+    # neither multitask nor a dataset's own expert leaves the dataset out
     expert = None if method.router is None else method.router.expert
     return method.name != MULTITASK and expert != task.name
 
@@ -195,11 +196,11 @@ def _evaluate_chunk(
 ) -> None:
     start = time.monotonic()
     tasks = {cell.task.task_name: cell.task for cell in cells}
-    found = evaluator.evaluate(lm, {"tasks": tasks}, bootstrap_iters=0, log_samples=True)
+    report = evaluator.evaluate(lm, {"tasks": tasks}, bootstrap_iters=0, log_samples=True)
     seconds = time.monotonic() - start
     requests = sum(cell.task.num_requests for cell in cells)
     for cell in cells:
-        samples = sorted(found["samples"][cell.task.task_name], key=lambda sample: sample["doc_id"])
+        samples = sorted(report["samples"][cell.task.task_name], key=lambda sample: sample["doc_id"])
         scores = [float(sample[SCORE]) for sample in samples]
         _write(cell, scores, seconds * cell.task.num_requests / requests, pool, results, versions)
 
@@ -223,7 +224,7 @@ def _write(
 
 
 def _runs(cells: Sequence[Cell], key: Callable[[Cell], Any]) -> list[list[Cell]]:
-    """Cells with equal keys together, in the order of their first."""
+    """Group cells by key, in the order of their first cells."""
     runs: dict[Any, list[Cell]] = {}
     for cell in cells:
         runs.setdefault(key(cell), []).append(cell)

@@ -1,8 +1,8 @@
 """A pool as a model of lm-eval.
 
-`import phatgoose.evaluation.harness` registers it, as `phatgoose`; lm-eval finds no model by
-itself that it did not bring along, so `phatgoose lm-eval` is its command line
-after that import.
+Importing this module registers the model as `phatgoose`. lm-eval finds only its
+own models by itself, so `phatgoose lm-eval` is lm-eval's command line after this
+import.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ Progress = Callable[[int], object]
 
 
 class RoutedLM(HFLM):
-    """A loaded model, with experts or without, as lm-eval's models are.
+    """A loaded model, with or without experts, as a model of lm-eval.
 
-    Beside lm-eval's own request types it answers the two of `SuiteTask`, through
-    this package's encoder. lm-eval's own requests go as in HFLM, but in batches by
-    tokens, and routers that read prompts are told them.
+    It answers lm-eval's own request types, and the two of `SuiteTask` through
+    this package's encoder. lm-eval's requests are handled as in HFLM, but batched
+    by tokens, and routers that read prompts get them.
 
     Args:
         model: a RoutedModel, or a model of transformers.
-        encoder: of the base model.
-        batch_tokens: positions of a batch, padding included.
-        answer_tokens: see `EvaluationConfig`.
+        encoder: the encoder of the base model.
+        batch_tokens: most positions of a batch, padding included.
+        answer_tokens: most positions of a batch of written answers, see `EvaluationConfig`.
         on_batch: called with the number of requests of each finished batch.
-        without: task's name -> experts that are masked for its requests.
-        options: of HFLM, such as `batch_size` (of lm-eval's own generation).
+        without: name of a task -> experts that are masked for its requests.
+        options: options of HFLM, such as `batch_size` (for lm-eval's own generation).
     """
 
     def __init__(
@@ -78,40 +78,40 @@ class RoutedLM(HFLM):
 
     def answer(self, requests: Sequence[Instance]) -> list[str]:
         """A greedy answer to each (input, max_new_tokens)."""
-        found: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for length in sorted({request.args[1] for request in requests}):
-            numbers = [i for i, request in enumerate(requests) if request.args[1] == length]
+            indices = [i for i, request in enumerate(requests) if request.args[1] == length]
             written = answers(
                 self.routed,
                 self.encoder,
-                [requests[i].args[0] for i in numbers],
+                [requests[i].args[0] for i in indices],
                 GenerationConfig(max_new_tokens=length),
                 batch_tokens=self.answer_tokens,
                 on_batch=self.on_batch,
-                without=self._masked([requests[i] for i in numbers]),
+                without=self._masked([requests[i] for i in indices]),
             )
-            found.update({i: one.text for i, one in zip(numbers, written, strict=True)})
-        return [found[i] for i in range(len(requests))]
+            texts.update({i: one.text for i, one in zip(indices, written, strict=True)})
+        return [texts[i] for i in range(len(requests))]
 
     def _masked(self, requests: Sequence[Instance]) -> list[Sequence[str]]:
         return [self.without.get(str(request.task_name), ()) for request in requests]
 
-    # lm-eval's own request types
+    # request types of lm-eval
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], *args: Any, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """See HFLM; the same cut of what is too long for the model, other batches."""
+        """See HFLM; requests that are too long are truncated as there, but batched by tokens."""
         if self.encoder.encoder_decoder:
             pairs = [(prompt[: self.max_length], target) for _, prompt, target in requests]
         else:
             pairs = [(prompt[-max(1, self.max_length + 1 - len(target)) :], target) for _, prompt, target in requests]
         scores = target_scores(self.routed, self.encoder, pairs, batch_tokens=self.batch_tokens, on_batch=self.on_batch)
-        found = [(-score.loss, score.greedy) for score in scores]
-        for (request, _, _), answer in zip(requests, found, strict=True):
-            if request is not None:  # a window of a rolling loglikelihood has none
-                self.cache_hook.add_partial("loglikelihood", request, answer)
-        return found
+        results = [(-score.loss, score.greedy) for score in scores]
+        for (request, _, _), result in zip(requests, results, strict=True):
+            if request is not None:  # None for a window of a rolling loglikelihood
+                self.cache_hook.add_partial("loglikelihood", request, result)
+        return results
 
     def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """See HFLM."""
@@ -121,7 +121,7 @@ class RoutedLM(HFLM):
             return super()._model_generate(context, *args, **kwargs)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval's results say of the model."""
+        """Facts about the model for lm-eval's results: HFLM's, and the pool's fingerprint."""
         pool = {"pool": self.routed.pool.fingerprint} if isinstance(self.routed, RoutedModel) else {}
         return super().get_model_info() | pool
 
@@ -132,12 +132,12 @@ class PoolLM(RoutedLM):
 
     Args:
         pool: the pool's folder.
-        base: base model; the one that the pool names if None.
-        dtype: see `load_base`.
-        device: likewise; a GPU that is not there means the CPU, because lm-eval
-            always asks for one.
-        batch_size, max_batch_size: of lm-eval's own generation requests.
-        batch_tokens: see `RoutedLM`.
+        base: name of the base model; None for the one that the pool names.
+        dtype: dtype of the base model's weights, see `load_base`.
+        device: device of the model; the CPU if it names a GPU that does not
+            exist, because lm-eval always asks for one.
+        batch_size, max_batch_size: batch sizes of lm-eval's own generation requests.
+        batch_tokens: most positions of a batch, padding included.
         options: fields of `RouterConfig` and of `TextConfig`.
 
     Raises:

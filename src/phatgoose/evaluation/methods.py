@@ -1,14 +1,14 @@
-"""Methods: what a grid compares.
+"""Methods that a grid compares.
 
-    ROUTER [OPTION=VALUE ...]   a router over the whole pool, as "phatgoose" or "phatgoose top_k=1"
+    ROUTER [OPTION=VALUE ...]   a router over the whole pool, such as "phatgoose" or "phatgoose top_k=1"
     base                        the base model alone
-    expert:NAME                 one expert for everything
-    own                         the dataset's own expert (held-in only)
-    chance                      the mean score of choices drawn blindly; no model runs
-    multitask:ADAPTER           an adapter that is not in the pool, for everything: the paper's Multitask,
-                                if it was trained on the union of all data
+    expert:NAME                 one expert of the pool for all tasks
+    own                         each dataset's own expert (held-in only)
+    chance                      the expected score of a random choice; runs no model
+    multitask:ADAPTER           an adapter outside the pool for all tasks: the paper's Multitask, if it was
+                                trained on the union of all datasets
 
-An option that has its default is left out of a method's name.
+Options with their default value are left out of a method's name.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ EXPERTS, MULTITASK = "experts", "multitask"
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One of the methods above.
+    """A method of a grid.
 
     Attributes:
-        name: see above.
-        router: of a router or a single expert; None for `base`, `own` and `chance`.
-        other_pool: what `router` routes among, if it is not the grid's pool.
+        name: the method's name in results.
+        router: settings of the router; None for `base`, `own` and `chance`.
+        other_pool: the pool that `router` routes among; None for the grid's pool.
     """
 
     name: str
@@ -43,33 +43,33 @@ class Method:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """For the rows: every option."""
+        """All options, as rows record them."""
         options = {"router": self.name} if self.router is None else asdict(self.router)
         return options if self.other_pool is None else options | {"pool": self.other_pool.fingerprint}
 
     def router_for(self, dataset: str) -> RouterConfig | None:
-        """The router for one dataset; None for the base model alone."""
+        """Settings of the router for a dataset; None for the base model alone."""
         return single(dataset) if self.name == OWN else self.router
 
 
 def single(expert: str) -> RouterConfig:
-    """One expert for everything."""
+    """Settings of a router that uses one expert for all tokens."""
     return RouterConfig(router="single", expert=expert, top_k=1)
 
 
 def parse_methods(texts: Sequence[str], pool: Pool, top_k: int | None = None) -> list[Method]:
-    """Read methods as the command line gives them, and check them against the pool.
+    """Parse methods as the command line gives them, and check them against the pool.
 
     Args:
-        texts: names as above, and `experts` for all single experts.
-        pool: the experts.
-        top_k: of the routers that take one and do not say otherwise.
+        texts: methods as above; `experts` stands for all single experts.
+        pool: the pool of experts.
+        top_k: top_k of routers that have one and do not set it themselves.
 
     Raises:
-        RouterError: no such method, or the pool lacks what it needs.
-        PoolError: no such expert, or an adapter that is for another base.
+        RouterError: unknown method, or the pool lacks what it needs.
+        PoolError: unknown expert, or an adapter of another base model.
         AdapterError: an adapter that cannot be routed.
-        ConfigError: an option that does not exist or cannot be used.
+        ConfigError: an unknown option, or an invalid value.
     """
     methods: list[Method] = []
     for text in texts:
@@ -101,20 +101,9 @@ def _multitask(adapter: str, pool: Pool) -> Method:
 
 def _router(head: str, texts: Sequence[str], pool: Pool, top_k: int | None) -> Method:
     if head not in ROUTERS or head == "single":
-        raise RouterError(
-            f"unknown router {head!r}",
-            expected=", ".join(
-                (
-                    *sorted(set(ROUTERS) - {"single"}),
-                    BASE,
-                    OWN,
-                    CHANCE,
-                    EXPERT + "NAME",
-                    EXPERTS,
-                    f"{MULTITASK}:ADAPTER",
-                )
-            ),
-        )
+        others = (BASE, OWN, CHANCE, EXPERT + "NAME", EXPERTS, f"{MULTITASK}:ADAPTER")
+        known = ", ".join((*sorted(set(ROUTERS) - {"single"}), *others))
+        raise RouterError(f"unknown router {head!r}", expected=known)
     options: dict[str, Any] = RouterConfig.parse(texts)
     if top_k is not None and not router_class(head).fixed_top_k:
         options.setdefault("top_k", top_k)

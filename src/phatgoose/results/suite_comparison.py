@@ -24,7 +24,7 @@ from phatgoose.results.rows import Result
 TIE = 1e-9
 Array = NDArray[np.float64]
 # task -> the rows of a method, one per seed
-TaskRows = Mapping[str, Sequence[Result]]
+RowsByTask = Mapping[str, Sequence[Result]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +139,7 @@ def _average(
     method: str,
     scores: Mapping[str, float],
     tasks: Sequence[str],
-    rows: TaskRows,
+    rows: RowsByTask,
     over_examples: Interval | None,
     config: BootstrapConfig,
 ) -> Average:
@@ -159,8 +159,8 @@ def _average(
 def _difference(
     ours: Array,
     theirs: Array,
-    our_rows: TaskRows,
-    their_rows: TaskRows,
+    our_rows: RowsByTask,
+    their_rows: RowsByTask,
     over_examples: Interval | None,
     config: BootstrapConfig,
 ) -> Difference:
@@ -183,7 +183,7 @@ def _best(averages: Mapping[str, Average]) -> list[str]:
 
 
 def _over_examples(
-    tasks: Sequence[str], cells: Mapping[str, TaskRows], against: str, config: BootstrapConfig
+    tasks: Sequence[str], cells: Mapping[str, RowsByTask], against: str, config: BootstrapConfig
 ) -> tuple[dict[str, Interval], dict[str, Interval], list[str]]:
     """Intervals over examples of each method's average and of its difference from `against`; tasks at chance.
 
@@ -232,7 +232,7 @@ class _Draws:
         }
 
 
-def _seed_averages(rows: TaskRows) -> dict[int, float]:
+def _seed_averages(rows: RowsByTask) -> dict[int, float]:
     """Macro average by seed, over the tasks that have all of the method's seeds."""
     seeds = {row.seed for repeated in rows.values() for row in repeated}
     complete = [repeated for repeated in rows.values() if {row.seed for row in repeated} == seeds]

@@ -1,13 +1,13 @@
-"""Suites: the paper's evaluation protocols, and two over the datasets of a pool.
+"""Suites: the paper's evaluation protocols, and two on the datasets of a pool's experts.
 
     t0ho           T0's 11 held-out tasks, all original-task templates
     bbh            22 BIG-bench Hard tasks, zero-shot
     bbl            17 BIG-bench Lite tasks, zero-shot
     held-in        the validation split of the datasets of the pool's experts
-    leave-one-out  the same, each with its own expert masked out of the pool
+    leave-one-out  the same, with each dataset's own expert masked out of the pool
 
 The first three are also groups of lm-eval tasks (`t0ho`, `t0ho_rte`, ...), one
-YAML file a task in `TASKS`.
+YAML file per task in `TASKS`.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phatgoose.errors import SuiteError
+from phatgoose.results.names import LEAVE_ONE_OUT, PAPER, SUITES
 
 if TYPE_CHECKING:
     from phatgoose.evaluation.suites.task import SuiteTask
     from phatgoose.experts.pool import Pool
-from phatgoose.results.names import LEAVE_ONE_OUT, PAPER, SUITES
 
 TASKS = Path(__file__).parent / "tasks"
 
@@ -34,14 +34,14 @@ def load_tasks(
     names: Sequence[str] = (),
     limit: int | None = None,
 ) -> list[SuiteTask]:
-    """The tasks of some suites, in order; their rows are not read yet.
+    """The tasks of suites, in order; their rows are not read yet.
 
     Args:
         suites: names in `SUITES`.
-        pool: whose experts' datasets the last two suites are of.
+        pool: the pool whose experts' datasets are the tasks of held-in and leave-one-out.
         data: the data folder; None to read datasets from the hub.
-        names: of tasks, within their suites; all if empty.
-        limit: rows of a task, a seeded sample; None for all.
+        names: names of tasks within their suites; all tasks if empty.
+        limit: most rows of a task, a seeded sample; None for all rows.
 
     Raises:
         SuiteError: an unknown suite or task, or a suite without tasks.
@@ -81,6 +81,6 @@ def _pool_tasks(suite: str, pool: Pool, data: Path | None, limit: int | None) ->
             f"suite {suite} has no task for pool {pool.folder}",
             found=f"in {data / FOLDER} no file of any expert ({', '.join(pool.names)})",
             expected=f"{FOLDER}/<expert>.jsonl.gz",
-            fix="--data DIR with the datasets that the experts were trained on",
+            fix="--data DIR with the datasets on which the experts were trained",
         )
     return list(tasks)

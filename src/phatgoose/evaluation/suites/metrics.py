@@ -1,19 +1,19 @@
-"""Metrics: how right an answer is, from 0 to 1.
+"""Metrics: scores of an answer, from 0 to 1.
 
-    multiple_choice, multiple_choice_multi   the choice with the lowest mean loss per token is a right one
-    exact_match                              the answer is the target
-    exact_match_multi                        the answer is one of the targets
-    rouge_l                                  ROUGE-L's F1 of the answer, with the target where it is highest
+    multiple_choice, multiple_choice_multi   the choice with the lowest mean loss per token is right
+    exact_match                              the answer equals the target
+    exact_match_multi                        the answer equals one of the targets
+    rouge_l                                  ROUGE-L F1 of the answer, the highest over the targets
 
-Surrounding white space does not count. The paper's tasks each have the metric
-that its code gives them (colm/datasets/bigbench.gin).
+Surrounding white space is ignored. The paper's tasks have the metrics of its
+code (colm/datasets/bigbench.gin).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-# metric -> what its mean over rows is called
+# metric -> name of its mean over rows
 MEASURES = {
     "multiple_choice": "accuracy",
     "multiple_choice_multi": "accuracy",
@@ -24,18 +24,18 @@ MEASURES = {
 
 
 def rank_classification(choices: Sequence[str], losses: Sequence[float], targets: Sequence[str]) -> float:
-    """1 if the choice with the lowest loss is a target; the first of equal ones (paper section 4.1).
+    """1 if the choice with the lowest loss is a target, else 0; ties go to the first (paper section 4.1).
 
     Args:
-        choices: what there is to choose from.
-        losses: mean loss per token of each choice, EOS included.
-        targets: the right choices.
+        choices: the possible answers.
+        losses: mean loss per token of each choice (nats), EOS included.
+        targets: the right answers among them.
     """
     return float(choices[losses.index(min(losses))] in targets)
 
 
 def answer_score(metric: str, answer: str, targets: Sequence[str]) -> float:
-    """Score of a written answer by one of the metrics that are not multiple choice."""
+    """Score of a written answer with one of the metrics that are not multiple choice."""
     if metric == "rouge_l":
         return rouge_l(answer, targets)
     accepted = targets if metric == "exact_match_multi" else targets[:1]
@@ -43,7 +43,7 @@ def answer_score(metric: str, answer: str, targets: Sequence[str]) -> float:
 
 
 def rouge_l(answer: str, targets: Sequence[str]) -> float:
-    """ROUGE-L's F1 (package rouge-score, no stemming), with the target where it is highest."""
+    """ROUGE-L F1 (package rouge-score, no stemming), the highest over the targets."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scores = RougeScorer(["rougeL"]).score_multi(list(targets), answer)

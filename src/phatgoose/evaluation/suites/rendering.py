@@ -1,8 +1,9 @@
 """Prompt templates of promptsource, rendered without promptsource.
 
 The templates in promptsource/*.yaml are those of promptsource 0.2.3 for T0's
-held-out tasks (see NOTICE). A template is Jinja: input and target, parted by
-`|||`; `answer_choices` likewise gives the choices.
+held-out tasks (see NOTICE). A template is written in Jinja and renders to input
+and target, separated by `|||`; `answer_choices` renders to the choices,
+separated in the same way.
 """
 
 from __future__ import annotations
@@ -17,20 +18,21 @@ from jinja2.runtime import Context
 from jinja2.sandbox import SandboxedEnvironment
 
 from phatgoose.errors import DataError
-from phatgoose.evaluation.suites.rows import SEED, Row
+from phatgoose.evaluation.suites.rows import SEED, TaskRow
 
 FOLDER = Path(__file__).parent / "promptsource"
 _PIPES = "|||"
-_ESCAPED = "\ue000\ue000\ue000"  # stands for pipes in a field; a private character, in no text
+# replaces pipes within a field; a private-use character, which no text contains
+_ESCAPED = "\ue000\ue000\ue000"
 
 
 class PromptTemplate:
-    """One template.
+    """One prompt template.
 
     Args:
-        name: promptsource's.
-        jinja: input and target.
-        answer_choices: the choices.
+        name: its name in promptsource.
+        jinja: template of input and target.
+        answer_choices: template of the choices.
     """
 
     def __init__(self, name: str, jinja: str, answer_choices: str) -> None:
@@ -40,11 +42,11 @@ class PromptTemplate:
         self._prompt = environment.from_string(jinja)
         self._choices = environment.from_string(answer_choices)
 
-    def render(self, fields: Mapping[str, Any], example_id: str) -> Row | None:
-        """The row of one example; None if the template is not for it (COPA's ask for a cause or for an effect).
+    def render(self, fields: Mapping[str, Any], example_id: str) -> TaskRow | None:
+        """Render an example; None if the template does not apply to it (COPA's ask for a cause or for an effect).
 
         Raises:
-            DataError: a field that the template reads is missing.
+            DataError: a field that the template uses is missing.
         """
         escaped = {name: _escape(value) for name, value in fields.items()} | {"example_id": example_id}
         try:
@@ -58,29 +60,29 @@ class PromptTemplate:
             ) from error
         if len(parts) != 2 or not all(parts):
             return None
-        return Row(example_id=example_id, input=parts[0], targets=(parts[1],), choices=tuple(choices))
+        return TaskRow(example_id=example_id, input=parts[0], targets=(parts[1],), choices=tuple(choices))
 
     @pass_context
     def _choice(self, context: Context, values: Sequence[str]) -> str:
-        """promptsource draws anew each time; here an example always gets the same."""
+        """A random choice that is the same for an example every time; promptsource's differs between calls."""
         return Random(f"{SEED}:{context['example_id']}:{self.name}").choice(values)
 
 
 def read_templates(file: str) -> list[PromptTemplate]:
-    """The original-task templates of a task, by name."""
+    """The original-task templates of a task, sorted by name."""
     import yaml
 
     content = yaml.safe_load((FOLDER / file).read_text(encoding="utf-8"))
-    found = [
+    templates = [
         PromptTemplate(template["name"], template["jinja"], template["answer_choices"])
         for template in content["templates"]
         if template["original_task"]
     ]
-    return sorted(found, key=lambda template: template.name)
+    return sorted(templates, key=lambda template: template.name)
 
 
-def render(templates: Sequence[PromptTemplate], fields: Mapping[str, Any], example_id: str) -> Iterator[Row]:
-    """One example with every template that is for it."""
+def render(templates: Sequence[PromptTemplate], fields: Mapping[str, Any], example_id: str) -> Iterator[TaskRow]:
+    """Render an example with every template that applies to it."""
     for template in templates:
         row = template.render(fields, example_id)
         if row is not None:

@@ -1,12 +1,12 @@
-"""A task of a suite, as lm-eval knows tasks.
+"""A task of a suite, as a task of lm-eval.
 
-Its requests are of two types of our own, which `phatgoose.evaluation.harness` answers:
+Its requests have two types of their own, which `phatgoose.evaluation.harness` answers:
 
     target_loss  (input, target)           mean loss per token of the target (nats), EOS included
     answer       (input, max_new_tokens)   a greedy answer, as text
 
-lm-eval's own `loglikelihood` says nothing about the number of tokens, and its
-`generate_until` ends at strings, not at EOS.
+lm-eval's `loglikelihood` does not return the number of tokens, and its
+`generate_until` stops at strings, not at EOS.
 """
 
 from __future__ import annotations
@@ -25,27 +25,29 @@ from lm_eval.filters import build_filter_ensemble
 from phatgoose.errors import DataError, SuiteError
 from phatgoose.evaluation.suites import datasets as hub
 from phatgoose.evaluation.suites.metrics import MEASURES, answer_score, rank_classification
-from phatgoose.evaluation.suites.rows import Row, fingerprint, read_bigbench, read_rendered, sample
+from phatgoose.evaluation.suites.rows import TaskRow, fingerprint, read_bigbench, read_rendered, sample
 
-SCORE = "score"  # what lm-eval's tables call the metric, whichever it is
+# name of every metric in lm-eval's tables
+SCORE = "score"
 
 
 class SuiteTask(Task):
-    """A zero-shot task of the paper's.
+    """A zero-shot task of the paper.
 
     Args:
-        config: lm-eval's task configuration. The fields of the dataset on the
-            hub are lm-eval's own. In `metadata`: `suite`; `metric`, see
-            `metrics`; `file`, in the data folder; `templates`, of T0's tasks;
-            `how_to_get`, if there is neither. And what the user says: `data`,
-            the data folder (without it, the hub is asked); `limit`, to take a
-            seeded sample of so many rows.
+        config: lm-eval's task configuration, with lm-eval's own fields for a
+            dataset on the hub. Its `metadata` has: `suite`; `metric` (see
+            `metrics`); `file`, the task's file in the data folder; `templates`,
+            the file of T0's templates; `how_to_get`, where to get the file if
+            the dataset is not on the hub. And from the user: `data`, the data
+            folder (None to read from the hub); `limit`, most rows, a seeded
+            sample.
     """
 
     VERSION = 1
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        # Task's own would download a dataset, and take the configuration for a task's name
+        # Task.__init__ is not called: it would download a dataset, and take the configuration for a task's name
         self._instances: list[Instance] | None = None
         self._config = TaskConfig(**{name: value for name, value in config.items() if name != "class"})
         self._filters = [build_filter_ensemble("none", [["take_first", None]])]
@@ -58,35 +60,35 @@ class SuiteTask(Task):
 
     @property
     def name(self) -> str:
-        """Name within the suite."""
+        """Name of the task within the suite."""
         return self.task_name.removeprefix(f"{self.suite}_")
 
     @property
     def metric(self) -> str:
-        """One of `metrics.MEASURES`."""
+        """Name of the metric, a key of `metrics.MEASURES`."""
         return str(self.metadata["metric"])
 
     @property
     def measure(self) -> str:
-        """What the mean over the rows is called."""
+        """Name of the mean over the rows."""
         return MEASURES[self.metric]
 
     @property
     def is_written(self) -> bool:
-        """Whether answers are written, not chosen."""
+        """Whether answers are written rather than chosen."""
         return not self.metric.startswith("multiple_choice")
 
     @property
     def max_new_tokens(self) -> int:
-        """Of an answer."""
+        """Most tokens of an answer."""
         return int((self._config.generation_kwargs or {})["max_gen_toks"])
 
     @cached_property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[TaskRow]:
         """The rows to evaluate.
 
         Raises:
-            DataError: they cannot be read.
+            DataError, SuiteError: they cannot be read.
         """
         rows = list(self._all_rows())
         if not rows:
@@ -95,7 +97,7 @@ class SuiteTask(Task):
 
     @property
     def num_requests(self) -> int:
-        """Of all rows."""
+        """Number of requests of all rows."""
         return sum(len(row.choices or ("an answer",)) for row in self.rows)
 
     @property
@@ -103,7 +105,7 @@ class SuiteTask(Task):
         """sha256 of the rows to evaluate."""
         return fingerprint(self.rows)
 
-    def _all_rows(self) -> Sequence[Row]:
+    def _all_rows(self) -> Sequence[TaskRow]:
         if self.metadata.get("data") is not None:
             return self._file_rows(self._file(Path(self.metadata["data"])))
         if self._config.dataset_path is None:
@@ -123,15 +125,15 @@ class SuiteTask(Task):
             f"task {self.task_name} has no data",
             found=found,
             expected=f"{self.metadata['file']} in the data folder" + (f": {how}" if how else ""),
-            fix=f"{fix}; phatgoose eval --skip-missing goes on without it",
+            fix=f"{fix}; phatgoose eval --skip-missing skips the task",
         )
 
-    def _file_rows(self, path: Path) -> Sequence[Row]:
+    def _file_rows(self, path: Path) -> Sequence[TaskRow]:
         if self.suite == "t0ho":
             return list(read_rendered(path))
         return list(read_bigbench(path, self.metric))
 
-    def _hub_rows(self) -> Sequence[Row]:
+    def _hub_rows(self) -> Sequence[TaskRow]:
         config = self._config
         records = hub.read_dataset(config.dataset_path, config.dataset_name, config.validation_split)
         if "templates" in self.metadata:
@@ -140,7 +142,7 @@ class SuiteTask(Task):
             return list(hub.bbh_rows(self.name, records, config.doc_to_choice))
         return list(hub.bigbench_rows(self.name, records, self.metric))
 
-    # What lm-eval asks of a task
+    # lm-eval's interface of a task
 
     def has_training_docs(self) -> bool:
         """No."""
@@ -175,17 +177,17 @@ class SuiteTask(Task):
         world_size: int = 1,
         **options: Any,
     ) -> None:
-        """Make the requests of all rows, or of the first `limit`, or of the numbers in `samples`.
+        """Build the requests of all rows, of the first `limit`, or of those with the indices in `samples`.
 
         Raises:
-            SuiteError: examples, a system prompt or a chat template were asked for.
+            SuiteError: few-shot examples, a system prompt or a chat template are requested.
         """
         asked = {"num_fewshot": self._config.num_fewshot, **options}
-        odd = [name for name in ("num_fewshot", "system_instruction", "apply_chat_template") if asked.get(name)]
-        if odd:
+        unsupported = [name for name in ("num_fewshot", "system_instruction", "apply_chat_template") if asked.get(name)]
+        if unsupported:
             raise SuiteError(
                 f"task {self.task_name} is zero-shot, without a chat template",
-                found=", ".join(f"{name}: {asked[name]}" for name in odd),
+                found=", ".join(f"{name}: {asked[name]}" for name in unsupported),
                 fix="leave these options out",
             )
         docs = self.doc_iterator(rank=rank, limit=limit, samples=samples, world_size=world_size)
@@ -198,7 +200,7 @@ class SuiteTask(Task):
     def construct_requests(
         self, doc: Mapping[str, Any], ctx: str, *, metadata: tuple[str | None, int | None, int | None], **kwargs: Any
     ) -> list[Instance]:
-        """One `target_loss` per choice, or one `answer`."""
+        """One `target_loss` request per choice, or one `answer` request."""
         requests: list[tuple[str, tuple[Any, ...]]]
         if doc["choices"] is None:
             requests = [("answer", (ctx, self.max_new_tokens))]
