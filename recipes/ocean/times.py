@@ -1,4 +1,4 @@
-"""How long each stage took, and on what."""
+"""Seconds and device of each stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from filelock import FileLock
 
 @contextmanager
 def timed(args: argparse.Namespace, seed: int, stage: str) -> Iterator[None]:
-    """Print a stage's seconds, and add them to times.jsonl (the second time there is nothing left to do)."""
+    """Print a stage's seconds, and append them to times.jsonl; a stage that was finished before takes few."""
     start = time.monotonic()
     yield
     row = {"seed": seed, "stage": stage, "seconds": round(time.monotonic() - start, 1), "device": "CPU"}
