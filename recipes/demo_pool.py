@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--gate-steps", type=int, default=GateConfig.steps)
-    # a tenth of the paper's rate, at which commongen and qqp were hardly chosen (docs/demo-pool.md)
+    # a tenth of the paper's rate, at which little of commongen's and qqp's gains was kept (docs/demo-pool.md)
     parser.add_argument("--gate-learning-rate", type=float, default=5e-4)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
