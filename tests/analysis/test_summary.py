@@ -347,7 +347,7 @@ def test_tasks_that_a_recording_lacks(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"seed": 0}, "the same pool with the same seed"),
+        ({"seed": 0}, "the same pool, with the same seed"),
         ({"method": "arrow"}, "differ in method"),
         ({"experts": ("a", "b", "c", "e")}, "differ in experts"),
         ({"limit": 7}, "differ in limit"),
@@ -362,7 +362,7 @@ def test_recordings_that_do_not_belong_together(tmp_path: Path, changes: dict[st
 def test_other_rows_or_other_tasks(tmp_path: Path) -> None:
     other = task_routing("t0ho", "rte", TASKS["rte"], data="e" * 64)
     folders = [recorded(tmp_path / "0"), make_recording(tmp_path / "1", {("t0ho", "rte"): other}, 1)]
-    fails(ResultsError, "other rows of t0ho/rte", action=lambda: analyse(folders))
+    fails(ResultsError, "different rows of t0ho/rte", action=lambda: analyse(folders))
     strange = make_recording(tmp_path / "2", {("bbh", "snarks"): TASKS["rte"]}, 1)
     fails(ResultsError, "no task in common", action=lambda: analyse([folders[0], strange]))
     empty = make_recording(tmp_path / "3", {})

@@ -90,7 +90,9 @@ def _usage(analysis: Analysis, suite: SuiteRouting) -> Plot:
         marks = "Boxes: the task's own expert."
     elif analysis.distance is not None:
         oracles = {point.task: point.experts for point in analysis.distance.points if point.suite == suite.suite}
-        dots = [(t, experts.index(e)) for t, task in enumerate(suite.tasks) for e in set(oracles.get(task, ()))]
+        dots = [
+            (t, experts.index(e)) for t, task in enumerate(suite.tasks) for e in dict.fromkeys(oracles.get(task, ()))
+        ]
         said = "Circles: the expert that is best on the task (the Oracle's), for each seed."
         marks = f"{marks} {said}" if suite.suite == LEAVE_ONE_OUT else said
     elif suite.suite != LEAVE_ONE_OUT:
