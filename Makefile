@@ -6,7 +6,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 
 # A process for each core, but no more than memory holds. Stealing keeps the tests of a file, and so its fixtures, together.
-PYTEST := $(VENV)/bin/python -m pytest -n auto --maxprocesses 8 --dist worksteal
+PYTEST := $(VENV)/bin/python -m pytest -n $(shell nproc || echo auto) --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-all test-kernels lint docs clean
 

@@ -95,6 +95,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_grid(tmp_path_factory.mktemp("grid"))
 
 
+@pytest.mark.slow
 def test_from_a_pool_to_the_page(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     out = tmp_path / "out"

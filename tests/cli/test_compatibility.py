@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from helpers.cli import run
 from helpers.options import parameters_of
 from phatgoose.cli import app
 
@@ -28,3 +29,11 @@ def test_parameters_are_as_they_were(command: str) -> None:
 def test_arguments_keep_their_order(command: str) -> None:
     then, now = ([name for name in of[command] if name.isupper()] for of in (THEN, parameters_of(app)))
     assert now[: len(then)] == then
+
+
+def test_joint_gates_are_a_recipes(tmp_path: Path) -> None:
+    """The one flag that no longer does what it did: it names the recipe that does."""
+    result = run("train-many", "a.jsonl", "--base", "tiny-llama", "--out", tmp_path / "out", "--joint-gates")
+    assert (result.code, result.out) == (2, "")
+    assert "--joint-gates" in result.err and "python recipes/ocean" in result.err
+    assert list(tmp_path.iterdir()) == []
