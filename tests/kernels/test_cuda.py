@@ -160,6 +160,7 @@ def test_half_precision(kernel: str, tokens: int, dtype: torch.dtype) -> None:
     check(kernel, MIDDLE._replace(tokens=tokens), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_row_keeps_its_low_bits(dtype: torch.dtype) -> None:
     """Many blocks of features in one program: a block that is overwritten too early spoils single rows' hi + lo."""
@@ -170,6 +171,7 @@ def test_every_row_keeps_its_low_bits(dtype: torch.dtype) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_scores_by_cublas(dtype: torch.dtype) -> None:
     """On a CPU by its own product. fp32 takes the kernel's all the same."""
@@ -212,6 +214,7 @@ def test_nothing_allowed_and_nan_where_a_makes_the_weights() -> None:
     assert torch.equal(y_NO[rest], clean_NO[rest])
 
 
+@pytest.mark.slow
 def test_large_groups() -> None:
     check("many", LARGE, torch.float32)
 
@@ -226,6 +229,7 @@ def routings(shape: Shape) -> dict[str, torch.Tensor]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", routings(MIDDLE))
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_given_routing(kernel: str, pattern: str) -> None:
@@ -236,6 +240,7 @@ def test_given_routing(kernel: str, pattern: str) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [16, 130])
 @pytest.mark.parametrize("place_block_n", [16, 32])
 def test_pairs_placed_in_several_steps(place_block_n: int, tokens: int) -> None:
@@ -245,6 +250,7 @@ def test_pairs_placed_in_several_steps(place_block_n: int, tokens: int) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [16, 64])
 @pytest.mark.parametrize("pattern", routings(MIDDLE._replace(tokens=130)))
 def test_tiles_cover_every_pair_once(pattern: str, rows: int) -> None:
@@ -263,6 +269,7 @@ def test_tiles_cover_every_pair_once(pattern: str, rows: int) -> None:
         assert sorted(seen) == [pair for pair in range(260) if slot is None or pair % 2 == slot]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [1, 64])
 def test_updates_by_ranges_of_columns(columns: int) -> None:
     layer = make_layer(MIDDLE._replace(outputs=150), torch.float32)
@@ -315,6 +322,7 @@ def test_bias_forbids_and_favours(kernel: str) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
     """bf16 prototypes have a mean of their own; what it adds to the scores is taken out."""
@@ -331,6 +339,7 @@ def test_a_large_mean_does_not_move_scores(kernel: str) -> None:
 QKV, PAIR = (80, 24, 150), (140, 40)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "tokens", "outputs", "dtype"),
     [
@@ -379,6 +388,7 @@ def test_layers_that_share_launches(kernel: str, tokens: int, outputs: tuple[int
         check_y(y_NO, layer, alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_base_layer_after_the_updates(dtype: torch.dtype) -> None:
     """y is written before it is read; the updates are rounded once more than beside the base layer."""
@@ -393,6 +403,7 @@ def test_the_base_layer_after_the_updates(dtype: torch.dtype) -> None:
     assert float((y_NO.float() - alone_NO.float()).abs().max()) <= 2 * torch.finfo(dtype).eps * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nan_stays_in_its_row(kernel: str) -> None:
     layer = make_layer(MIDDLE, torch.float32)
@@ -405,6 +416,7 @@ def test_nan_stays_in_its_row(kernel: str) -> None:
     assert torch.equal(y_NO[rest], clean[rest])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_same_bits_twice(kernel: str) -> None:
     layer = make_layer(MIDDLE, torch.bfloat16)
@@ -413,6 +425,7 @@ def test_same_bits_twice(kernel: str) -> None:
     assert torch.equal(once[1].weights_NK, again[1].weights_NK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_rows_with_a_stride(kernel: str) -> None:
     layer = make_layer(MIDDLE, torch.float32)
@@ -422,6 +435,7 @@ def test_rows_with_a_stride(kernel: str) -> None:
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_nothing_grows_with_tokens_times_experts_times_features(kernel: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
