@@ -71,7 +71,7 @@ def add_loras_(
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
     a_ERI, b_ERO = a_ERI.contiguous(), b_ERO.contiguous()
     routing = Routing(*(t.contiguous() for t in routing))
-    with torch.cuda.device(x_NI.device):
+    with torch.cuda.device_of(x_NI):
         chosen = _settings(x_NI, len(a_ERI), 1, top_k, DEFAULT_OPTIONS)
         if isinstance(chosen, settings.Few):
             few.add_given_(y_NO, x_NI, a_ERI, b_ERO, routing, chosen)
@@ -91,7 +91,7 @@ def route_and_add_(
     if x_NI.shape[0] == 0:
         return empty_routing(x_NI, len(layers), rule.top_k)
     x_NI = x_NI if x_NI.stride(1) == 1 else x_NI.contiguous()
-    with torch.cuda.device(x_NI.device):
+    with torch.cuda.device_of(x_NI):
         chosen = _settings(x_NI, len(layers[0].a_ERI), len(layers), rule.top_k, options)
         if isinstance(chosen, settings.Few):
             return few.add_(ys, x_NI, layers, rule, chosen)
@@ -107,7 +107,7 @@ def routed_linears(
         return ys, route_and_add_(ys, x_NI, layers, rule, options)
     layers = checked(x_NI, layers, [weight_OI for weight_OI, _ in bases])
     x_NI = x_NI.contiguous()
-    with torch.cuda.device(x_NI.device):
+    with torch.cuda.device_of(x_NI):
         chosen = _settings(x_NI, len(layers[0].a_ERI), len(layers), rule.top_k, options)
         if isinstance(chosen, settings.Few):
             return few.linears(x_NI, bases, layers, rule, chosen)
@@ -134,7 +134,7 @@ def _includes_bases(x_NI: torch.Tensor, bases: Sequence[Base], top_k: int, optio
         return False
     if options.sorts(len(x_NI), top_k):
         return options.base_last and all(bias_O is None for _, bias_O in bases)
-    return options.overlap_base and torch.cuda.is_current_stream_capturing()
+    return options.overlap_base and x_NI.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 @cache
