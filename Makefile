@@ -36,6 +36,7 @@ docs: $(VENV)/installed-docs
 	    'benchmarks/*.py' 'benchmarks/rows/*.csv' 'benchmarks/rows/ocean/*.jsonl' ':!tests' ':!out' \
 	    | tar -c --null -T - | tar -x -C out/pages
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build
+	! grep -rE '<(script|link|img)[^>]+="(https?:)?//' out/site --include='*.html'  # nothing is loaded from the web
 
 # torch goes first and alone: a resolver that meets it among its dependents may take a newer build.
 $(VENV)/installed: pyproject.toml constraints.txt
