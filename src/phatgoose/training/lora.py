@@ -50,7 +50,8 @@ def new_lora(model: PreTrainedModel, config: AdapterTrainingConfig) -> Iterator[
     try:
         peft_model = get_peft_model(model, lora)
     except ValueError as error:
-        raise ConfigError("PEFT cannot adapt this base model so", found=str(error).splitlines()[0]) from error
+        reason = str(error).splitlines()[0]
+        raise ConfigError("PEFT cannot adapt this base model with these settings", found=reason) from error
     # PEFT looks the base up whenever it saves a checkpoint: an embedded one is found in the cache folder
     peft_model.peft_config["default"].base_model_name_or_path = base_source(base_id(model).name)
     try:
@@ -62,7 +63,7 @@ def new_lora(model: PreTrainedModel, config: AdapterTrainingConfig) -> Iterator[
 
 
 def lora_layers(peft_model: PeftModel) -> dict[str, Any]:
-    """Site -> PEFT's layer there."""
+    """Site -> the LoRA layer that PEFT put there."""
     base: Any = peft_model.get_base_model()
     return {name: m for name, m in base.named_modules() if isinstance(m, LoraLayer)}
 
