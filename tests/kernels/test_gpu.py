@@ -19,6 +19,7 @@ from phatgoose.kernels.operators import pack
 from phatgoose.routers.phatgoose import Phatgoose
 from phatgoose.routing.linear import RoutedLinear
 from phatgoose.routing.model import RoutedModel
+from phatgoose.routing.state import IDLE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 EXPERTS, RANK, INPUTS, OUTPUTS = 33, 16, 256, 320
@@ -121,8 +122,9 @@ def test_captured_graph_follows_the_pool(router: str, tmp_path: Path) -> None:
 def test_beside_the_base_is_the_same(tokens: int) -> None:
     """Two streams in a graph, many times in a row, so that a race over memory would show."""
     linear = make_linear()
-    layer, base = linear.layer(tokens), linear.base
-    packed = pack([layer], linear.rule, KernelOptions())
+    assert linear.group is not None
+    layer, base, rule = linear.layer(linear.added_scores(IDLE, tokens)), linear.base, linear.group.rule
+    packed = pack([layer], rule, KernelOptions())
     with torch.no_grad():
         xs = [torch.randn(tokens, INPUTS, device="cuda", dtype=torch.bfloat16) for _ in range(50)]
         torch.ops.phatgoose.routed_linears(xs[0], [base.weight], [base.bias], *packed)
@@ -134,7 +136,7 @@ def test_beside_the_base_is_the_same(tokens: int) -> None:
         graph.replay()
         for x, y in zip(xs, found, strict=True):
             expected = base(x)
-            kernels.route_and_add_([expected], x, [layer], linear.rule)
+            kernels.route_and_add_([expected], x, [layer], rule)
             assert torch.equal(y, expected)
 
 
