@@ -10,6 +10,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import pytest
+
 import phatgoose
 
 SOURCE = Path(phatgoose.__file__).parent
@@ -115,6 +117,13 @@ def test_tests_import_no_tests() -> None:
 def test_helpers_hold_no_fixtures() -> None:
     functions = nodes(TESTS / "helpers", ast.FunctionDef)
     check([where for where, node in functions if any("fixture" in ast.unparse(d) for d in node.decorator_list)])
+
+
+@pytest.mark.parametrize("kind", [ast.Module, ast.ClassDef, ast.FunctionDef], ids=["modules", "classes", "functions"])
+def test_entries_of_docstrings_make_sense_alone(kind: type[ast.AST]) -> None:
+    entry = re.compile(rf"\s+[\w*`]+(, [\w*`]+)*: +{LEANS}", re.IGNORECASE)
+    docstrings = ((where, ast.get_docstring(node, clean=False) or "") for where, node in nodes(SOURCE, kind))
+    check([f"{where}: {line.strip()}" for where, text in docstrings for line in text.splitlines() if entry.match(line)])
 
 
 def test_helps_of_options_make_sense_alone() -> None:

@@ -43,7 +43,7 @@ class RecordingHeader:
         pool: fingerprint of the pool.
         pool_name: its name, for people.
         base: name of the base model.
-        dtype: of the base model's weights.
+        dtype: dtype of the base model's weights.
         encoder_decoder: whether the base model is an encoder-decoder.
         text: settings with which rows became tokens.
         limit: most rows of a task.

@@ -28,9 +28,9 @@ class Result:
         base: name of the base model.
         data: sha256 of the evaluated rows.
         text: settings with which rows became tokens.
-        dtype: of the base model's weights.
+        dtype: dtype of the base model's weights.
         config: the router's settings.
-        example_ids: of the C examples, sorted. A row renders an example with
+        example_ids: ids of the C examples, sorted. A row renders an example with
             one template; an example may have several rows.
         sums_C: sum of the scores of each example's rows.
         counts_C: number of rows of each example.
