@@ -5,8 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 
-# A process for each core, but no more than memory holds. Stealing keeps the tests of a file, and so its fixtures, together.
-PYTEST := $(VENV)/bin/python -m pytest -n $(shell nproc || echo auto) --maxprocesses 8 --dist worksteal
+# A process for each core, up to 8. The tests of a file stay together: its fixtures and its Ray cluster are there once.
+PYTEST := $(VENV)/bin/python -m pytest -n $(shell nproc || echo auto) --maxprocesses 8 --dist loadfile
 
 .PHONY: demo test test-all test-kernels lint docs clean
 
