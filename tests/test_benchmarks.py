@@ -181,7 +181,7 @@ def test_bounds_count_what_a_step_reads(monkeypatch: pytest.MonkeyPatch) -> None
 
     args = argparse.Namespace(shape="tiny", dtype="fp32", device="cpu", rank=8, top_k=2, backend="auto", prompt=4)
     base = model.make_model(args)
-    routed = model.routed_randomly(base, 6, args)
+    routed = model.routed_randomly(base, 6, DEFAULT_OPTIONS, args)
     work = bounds.base_work(base, model.decode(base, 1, args))
     embedding = base.get_input_embeddings().weight
     linears = [module for module in base.modules() if isinstance(module, torch.nn.Linear)]
