@@ -182,6 +182,7 @@ def test_scores_by_cublas(dtype: torch.dtype) -> None:
     check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_weights_from_sums_that_a_makes(top_k: int) -> None:
     """Masked experts, biases of single tokens, and none: their order depends on rstd only where a bias is finite."""
@@ -198,6 +199,7 @@ def test_weights_from_sums_that_a_makes(top_k: int) -> None:
         check_y(y_NO, layer, choice)
 
 
+@pytest.mark.slow
 def test_nothing_allowed_and_nan_where_a_makes_the_weights() -> None:
     layer = make_layer(MIDDLE, torch.bfloat16)
     bias_NE = torch.zeros(MIDDLE.tokens, MIDDLE.experts, device=DEVICE)

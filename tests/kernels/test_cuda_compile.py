@@ -27,6 +27,7 @@ for tokens, experts, pdl, layers in json.loads(sys.argv[2]):
 """
 
 
+@pytest.mark.slow
 def test_compiles_for_hopper() -> None:
     """In another process, because this one may have defined the kernels for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
