@@ -33,8 +33,8 @@ TEXT = TextConfig(max_target_tokens=128)
 
 def datasets(args: argparse.Namespace) -> list[str]:
     """Names of the experts, in alphabetical order."""
-    found = args.datasets or [path.name.removesuffix(".jsonl.gz") for path in (args.data / "t0hi").glob("*.jsonl.gz")]
-    return sorted(found)
+    names = args.datasets or [path.name.removesuffix(".jsonl.gz") for path in (args.data / "t0hi").glob("*.jsonl.gz")]
+    return sorted(names)
 
 
 class Training:

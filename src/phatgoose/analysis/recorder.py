@@ -122,18 +122,8 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
     prompts = encoder.prompts([row.input for row in task.rows])
     targets = encoder.targets([row.targets[0] for row in task.rows])
     rows = [encoder.row(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
-    linears = model.routed_linears()
     tokens = TokenWeights()
-    usages = {
-        site: SiteUsage(
-            site,
-            describe_site(site, encoder_decoder=encoder.encoder_decoder).stream,
-            linear,
-            tokens,
-            model.router_config.temperature,
-        )
-        for site, linear in linears.items()
-    }
+    usages = _usages(model, tokens, encoder_decoder=encoder.encoder_decoder)
     options = _without_logits(model)
     with model.without(masked) if masked else nullcontext():
         for numbers in by_length([max(map(len, _texts(row))) for row in rows], max_positions=batch_tokens):
@@ -145,7 +135,7 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
             # outside the prompts, a router's own first pass would be recorded
             with model.prompts([prompts[i] for i in numbers]), model.recording(usages):
                 model(**inputs, use_cache=False, **options)
-        usable_M = _usable(list(linears.values()), model.mask_BE(1)[0])
+        usable_M = _usable(list(model.routed_linears().values()), model.mask_BE(1)[0])
     means_MV = _means(list(usages.values()), len(rows))
     return TaskRouting(
         suite=task.suite,
@@ -159,6 +149,20 @@ def record_task(model: RoutedModel, encoder: Encoder, task: SuiteTask, *, batch_
         entropy_chosen_M=means_MV[:, -1],
         usable_M=usable_M,
     )
+
+
+def _usages(model: RoutedModel, tokens: TokenWeights, *, encoder_decoder: bool) -> dict[str, SiteUsage]:
+    """Site -> empty sums of its routing."""
+    return {
+        site: SiteUsage(
+            site,
+            describe_site(site, encoder_decoder=encoder_decoder).stream,
+            linear,
+            tokens,
+            model.router_config.temperature,
+        )
+        for site, linear in model.routed_linears().items()
+    }
 
 
 def _texts(row: EncodedRow) -> list[list[int]]:

@@ -29,8 +29,8 @@ class Entropy:
     """One measure's entropy, averaged over a suite's tasks. NaN where a layer has no such site.
 
     Attributes:
-        nats_RLK: in nats.
-        share_RLK: as a fraction of the largest possible entropy.
+        nats_RLK: entropy in nats.
+        share_RLK: entropy as a fraction of the largest possible one.
     """
 
     nats_RLK: Array

@@ -74,7 +74,7 @@ def plan(
         base: name of the base model.
         dtype: dtype of its weights.
         limit: the limit with which the tasks were made.
-        text: how requests become tokens.
+        text: settings with which requests become tokens.
 
     Raises:
         ConfigError: `own` without held-in.

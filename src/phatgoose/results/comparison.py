@@ -24,7 +24,7 @@ class Comparison:
     Attributes:
         against: the reference method.
         methods: names, in the order of the tables.
-        suites: in the order asked for.
+        suites: comparison of each suite, in the order of the tables.
         bases: names of base models.
         pools: names and fingerprints of pools.
         bootstrap: settings of the intervals.

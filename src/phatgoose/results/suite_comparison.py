@@ -76,9 +76,9 @@ class SuiteComparison:
         suite: name of the suite.
         tasks: task -> metric, in the order of the tables.
         scores: method -> task -> score, without the tasks that the method lacks.
-        averages: by method, best first.
-        differences: by method, without the reference; empty if the reference
-            has no row of this suite.
+        averages: method -> average, best first.
+        differences: method -> difference, without the reference; empty if the
+            reference has no row of this suite.
         best: the methods with the highest average among those that use no
             labels and have all tasks.
         at_chance: tasks on which the interval over examples of no method that
