@@ -121,9 +121,9 @@ def compare_suite(suite: str, results: Sequence[Result], against: str, config: B
     for method in scores:
         both = [task for task in scores[method] if task in scores.get(against, {})]
         if method != against and both:
-            ours, theirs = ([scores[name][task] for task in both] for name in (method, against))
-            rows = [{task: cells[name][task] for task in both} for name in (method, against)]
-            differences[method] = _difference(np.array(ours), np.array(theirs), *rows, paired.get(method), config)
+            ours, theirs = (np.array([scores[name][task] for task in both]) for name in (method, against))
+            our_rows, their_rows = ({task: cells[name][task] for task in both} for name in (method, against))
+            differences[method] = _difference(ours, theirs, our_rows, their_rows, paired.get(method), config)
     return SuiteComparison(
         suite=suite,
         tasks=tasks,
