@@ -184,8 +184,8 @@ def test_a_compiled_layer_never_guesses(tmp_path: Path) -> None:
         entered.wait()
         try:
             assert_close(compiled(x), expected)
-        except Exception as error:
-            assert "cannot tell which call" in str(error)
+        except Exception as error:  # torch 2.11 stumbles over the line that raises it, and quotes that line
+            assert "cannot tell which call" in str(error) or "raise RouterError(" in str(error)
         finally:
             leave.set()
             thread.join()
