@@ -226,7 +226,13 @@ def test_a_group_that_is_lost_too_often(connected: Any) -> None:
         log = out / ".ray" / "e0.log"
         wait_for(lambda: log.exists() and workers_of(log), future)
         os.kill(workers_of(log)[0], signal.SIGKILL)
-        fails(ClusterError, "1 of 2: e0 was lost", "0 retries", "again", action=partial(future.result, timeout=240))
+        fails(
+            ClusterError,
+            "1 of 2: e0 was lost",
+            "0 retries",
+            "repeat the command",
+            action=partial(future.result, timeout=240),
+        )
     assert {path.name for path in out.iterdir() if path.suffix != ".training"} == {".ray", "e1", "e2"}
 
 
@@ -277,7 +283,7 @@ def test_a_machine_without_this_package(cluster: Any, tmp_path: Path, monkeypatc
     fails(
         ClusterError,
         "lacks a package",
-        "phatgoose.training.cluster.task",
+        "No module named 'phatgoose.training'",
         action=lambda: on_ray(make_files(1), Path("out")),
     )
     assert not ray.is_initialized()
