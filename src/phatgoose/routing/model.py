@@ -125,8 +125,16 @@ class RoutedModel(nn.Module):
         slots = Slots(pool.names, capacity)
         model = load_for_pool(base, pool, dtype=dtype, device=device, quantization=quantization)
         state, experts = RoutingState(), pool.experts()
-        switches = {"backend": backend, "options": kernel_options}
-        route_layers(model, experts, router_type, config, capacity=capacity, state=state, **switches)
+        route_layers(
+            model,
+            experts,
+            router_type,
+            config,
+            backend=backend,
+            options=kernel_options,
+            capacity=capacity,
+            state=state,
+        )
         by_slot = [*experts, *[None] * (len(slots) - len(experts))]
         prompt_router = router_type.for_prompts(by_slot, config)
         return cls(model, pool, config, router_type, slots, state, prompt_router, tokenizer)
