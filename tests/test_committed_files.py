@@ -9,7 +9,7 @@ import pytest
 
 from phatgoose.analysis.recording import read_recording
 from phatgoose.experts.pool import Pool
-from phatgoose.results.rows import read_results
+from phatgoose.results.reader import read_results
 
 ROOT = Path(__file__).parents[1]
 ROWS = ROOT / "benchmarks" / "rows"
