@@ -61,6 +61,7 @@ def test_what_is_drawn(plots: dict[str, Plot], tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 22
 
 
+@pytest.mark.slow
 def test_equal_analyses_make_equal_files(analysis: Analysis, tmp_path: Path) -> None:
     for folder in (tmp_path / "a", tmp_path / "b"):
         folder.mkdir()

@@ -70,6 +70,7 @@ def test_both_ways_in(way: tuple[object, ...]) -> None:
     assert "No such option" in err
 
 
+@pytest.mark.slow
 def test_a_process_answers_a_prompt(here: Path) -> None:
     """Nothing but the answer is printed, so that it can be used in a pipe."""
     code, out, _ = process(*MODULE, "generate", PROMPT, "--pool", "pool", *SHORT)

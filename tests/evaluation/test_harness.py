@@ -112,6 +112,7 @@ def test_lm_eval_s_requests_are_answered_as_by_its_own_model(kind: str) -> None:
     assert routed.generate_until(written) == plain.generate_until(written)
 
 
+@pytest.mark.slow
 def test_lm_eval_s_own_tasks_run_on_a_pool(here: Path) -> None:
     arguments = "pool=pool,router=phatgoose,top_k=1,temperature=0.5"
     out = here / "out"

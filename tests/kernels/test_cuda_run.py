@@ -118,6 +118,7 @@ def test_layers_that_cannot_share_launches_are_refused() -> None:
     assert all((y_NO == 0).all() for y_NO in ys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("options", [KernelOptions(), SORTED], ids=["few", "many"])
 def test_base_layers_included(options: KernelOptions, with_bias: bool, called: list[str]) -> None:

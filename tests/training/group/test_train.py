@@ -28,6 +28,8 @@ from phatgoose.training.lora import initial_factors, lora_layers, new_lora
 from phatgoose.training.single import train_adapter, train_gate
 from phatgoose.training.trainer import make_trainer
 
+ONE_QUICK = ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in MODELS if kind != "llama")]
+
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
@@ -79,7 +81,7 @@ def check_parity(factory: ModelFactory, folder: Path, sizes: tuple[int, ...]) ->
     assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", ONE_QUICK)
 def test_each_expert_ends_as_if_trained_alone(kind: str, tmp_path: Path) -> None:
     check_parity(MODELS[kind], tmp_path, SIZES)
 
@@ -184,6 +186,7 @@ def test_an_expert_that_diverges_harms_no_other(tmp_path: Path) -> None:
     assert torch.equal(found[0][[0, 2]], found[1][[0, 2]])
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_of_each(tmp_path: Path) -> None:
     """The validation data of the first and the last expert contradicts what they learn; the other keeps on learning."""
     config = replace(LORA, steps=12, learning_rate=5e-2)
@@ -204,6 +207,7 @@ def test_the_best_checkpoint_of_each(tmp_path: Path) -> None:
             assert_same_adapters(job.folder, alone, 1e-4)
 
 
+@pytest.mark.slow
 def test_an_adapted_output_head(tmp_path: Path) -> None:
     config = replace(LORA, target_modules="q_proj,lm_head")
     jobs = make_jobs(tmp_path / "many")
@@ -214,6 +218,7 @@ def test_an_adapted_output_head(tmp_path: Path) -> None:
         assert_same_adapters(job.folder, alone)
 
 
+@pytest.mark.slow
 def test_gates_of_unlike_adapters(tmp_path: Path) -> None:
     """Other ranks, scales and sites, which one stack pads."""
     options = [{"r": 8}, {"r": 3, "lora_alpha": 5}, {"target_modules": ["q_proj", "down_proj"], "use_rslora": True}]
