@@ -42,6 +42,7 @@ def plots(analysis: Analysis) -> dict[str, Plot]:
     return {plot.name: plot for plot in draw(analysis)}
 
 
+@pytest.mark.slow
 def test_what_is_drawn(plots: dict[str, Plot], tmp_path: Path) -> None:
     assert list(plots) == [
         *("usage_t0ho", "usage_held-in", "usage_leave-one-out"),

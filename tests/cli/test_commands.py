@@ -144,7 +144,7 @@ def test_no_command_shows_the_help() -> None:
 # --- the whole way ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("base", ["tiny-llama", "tiny-t5"])
+@pytest.mark.parametrize("base", ["tiny-llama", pytest.param("tiny-t5", marks=pytest.mark.slow)])
 def test_from_data_to_a_routed_answer(base: str, here: Path) -> None:
     quick = ("--steps", 2, "--batch-size", 2)
     for i, name in enumerate(("one", "two")):

@@ -120,7 +120,7 @@ def test_every_expert_on_demand(results):
     assert "expert:qa ‡" in run(results, "--experts").stdout
 
 
-@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("columns", [80, pytest.param(120, marks=pytest.mark.slow)])
 def test_tables_fit_the_terminal(paper, tmp_path, columns):
     shown = on_a_terminal(columns, paper, "--out", tmp_path, "--resamples", 200)
     lines = [line.rstrip() for line in shown.splitlines()]

@@ -135,7 +135,7 @@ def layer_norm(u_I: torch.Tensor) -> torch.Tensor:
     return (u_I - u_I.mean()) / torch.sqrt(u_I.var(correction=0) + 1e-5)
 
 
-@pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.parametrize("top_k", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_mixture_of_unlike_experts_by_hand(top_k: int, tmp_path: Path) -> None:
     pool = mixed_pool(tmp_path)
     routed = RoutedModel.from_pool(llama(), pool, top_k=top_k)

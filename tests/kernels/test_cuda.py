@@ -153,7 +153,7 @@ def test_shapes(kernel: str, shape: Shape) -> None:
     check(kernel, shape._replace(tokens=33) if kernel == "few" and shape.tokens > 33 else shape, torch.float32)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.parametrize("tokens", [1, 21])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_half_precision(kernel: str, tokens: int, dtype: torch.dtype) -> None:

@@ -45,7 +45,7 @@ def side_by_side(*actions: Callable[[], None]) -> None:
         raise errors[0]
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("backend", ["auto", pytest.param("reference", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("router", ["phatgoose", "phatgoose-prior", "phatgoose-sequence"])
 def test_threads_with_different_prompts(router: str, backend: str, tmp_path: Path) -> None:
     model = routed(llama(), make_pool("llama", tmp_path), router=router, backend=backend)

@@ -180,7 +180,14 @@ def test_bf16(tmp_path: Path) -> None:
     assert {v.dtype for v in vectors.values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("last", ["without its state", "with half a state", "without anything"])
+@pytest.mark.parametrize(
+    "last",
+    [
+        pytest.param("without its state", marks=pytest.mark.slow),
+        "with half a state",
+        pytest.param("without anything", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A checkpoint without its last file is passed over, not tripped over."""
     whole = train_adapter(llama(), make_tokenizer(), EXAMPLES, tmp_path / "whole", config=SMALL)
@@ -205,7 +212,7 @@ def test_a_run_killed_while_it_wrote_a_checkpoint(last: str, tmp_path: Path, mon
     assert all(torch.equal(weights(killed)[name], t) for name, t in weights(whole).items())
 
 
-@pytest.mark.parametrize("steps", [5, 6])  # an epoch has 6
+@pytest.mark.parametrize("steps", [5, pytest.param(6, marks=pytest.mark.slow)])  # an epoch has 6
 @pytest.mark.parametrize("what", ["adapter", "gate"])
 def test_a_run_that_could_not_save_its_result(
     what: str, steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -18,7 +18,7 @@ from phatgoose.training.group.data import GroupData
 from phatgoose.training.trainer import make_trainer
 
 
-@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("accumulation", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_order_is_the_trainers(accumulation: int, tmp_path: Path) -> None:
     """Each expert reads what transformers' Trainer gives it alone, also from the middle on."""
     model = llama()

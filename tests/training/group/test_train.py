@@ -126,7 +126,7 @@ def group_trainer(
     return GroupTrainer(batched, matrix, data, config, work / "run", {})
 
 
-@pytest.mark.parametrize("factory", [llama, t5])
+@pytest.mark.parametrize("factory", [llama, pytest.param(t5, marks=pytest.mark.slow)])
 def test_losses_are_those_of_each_alone(factory: ModelFactory, tmp_path: Path) -> None:
     """In training, step by step, and on the validation rows."""
     jobs, config = make_jobs(tmp_path), replace(LORA, learning_rate=1e-2)
