@@ -116,3 +116,12 @@ def make_base(factory: ModelFactory, folder: Path) -> Path:
     factory().save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def paged_cache(page_size: int, **options: Any) -> Any:
+    """A configuration of continuous batching; without one, its cache would be as large as the memory."""
+    from transformers import ContinuousBatchingConfig
+
+    # the field's name, now and in transformers 5.17
+    field = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
+    return ContinuousBatchingConfig(**{field: page_size}, **options)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.checks import assert_close
-from helpers.models import llama
+from helpers.models import llama, paged_cache
 from helpers.pools import make_expert, make_pool
 from phatgoose import kernels
 from phatgoose.config import RouterConfig
@@ -197,14 +197,12 @@ def test_generates_with_a_static_cache(tmp_path: Path) -> None:
 
 def test_generate_batch_captures_its_steps(tmp_path: Path) -> None:
     """transformers' continuous batching with CUDA graphs writes what `generate` writes."""
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     model = RoutedModel.from_pool(llama().cuda(), make_pool(llama, tmp_path))
     prompts = [torch.randint(3, 90, (n,)).tolist() for n in (5, 8, 3)]
     config = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    # its name in older releases
-    pages = "page_size" if "page_size" in ContinuousBatchingConfig.__dataclass_fields__ else "block_size"
-    cache = ContinuousBatchingConfig(**{pages: 256}, num_blocks=8, max_batch_tokens=64, use_cuda_graph=True)
+    cache = paged_cache(256, num_blocks=8, max_batch_tokens=64, use_cuda_graph=True)
     outputs = model.generate_batch(prompts, config, cache)
     found = sorted((list(out.prompt_ids), list(out.generated_tokens)) for out in outputs.values())
     expected = []

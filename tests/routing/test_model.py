@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.checks import assert_close, fails, files_of
 from helpers.data import model_inputs, token_ids
-from helpers.models import MODELS, PAD, gpt2, llama, make_base, make_tokenizer, t5
+from helpers.models import MODELS, PAD, gpt2, llama, make_base, make_tokenizer, paged_cache, t5
 from helpers.pools import fill_pool, make_adapter, make_expert, make_gate, make_pool
 from phatgoose.errors import BaseModelError, ConfigError, RouterError
 from phatgoose.experts.pool import Pool
@@ -178,13 +178,13 @@ def test_generate_with_a_pool(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_generate_batch_is_generate(kind: str, tmp_path: Path) -> None:
-    from transformers import ContinuousBatchingConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     model = routed(kind, tmp_path)
     prompts = [token_ids(1, n, seed=n)[0].tolist() for n in (5, 8, 3)]
     config = GenerationConfig(max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=PAD)
     # or it makes a cache as large as the memory
-    cache = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=64)
+    cache = paged_cache(16, num_blocks=8, max_batch_tokens=64)
     outputs = model.generate_batch(prompts, config, cache)
     found = sorted((list(out.prompt_ids), list(out.generated_tokens)) for out in outputs.values())
     expected = []
