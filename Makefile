@@ -22,7 +22,7 @@ test-all: $(VENV)/installed
 
 # NumPy multiplies in Triton's interpreter, in an order of sums that depends on the processor (OPENBLAS_CORETYPE).
 test-kernels: $(VENV)/installed
-	$(PYTEST) --dist worksteal tests/kernels/test_cuda.py
+	$(PYTEST) --dist worksteal -m "not slow" tests/kernels
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
