@@ -222,6 +222,7 @@ def test_a_router_of_ones_own(tmp_path: Path) -> None:
     assert all(set(trace.routing(site).expert_ids_BSK.unique().tolist()) == {0, 1} for site in trace.sites)
     name = model.router_config.router
     assert name == f"{FirstTwo.__module__}:FirstTwo"
+    fails(RouterError, name, action=lambda: router_class(name))  # names in files import nothing
     with mock.patch.dict(sys.modules, {"my_routers": types.SimpleNamespace(FirstTwo=FirstTwo, other=3)}):
         assert torch.equal(logits(RoutedModel.from_pool(llama(), pool, router="my_routers:FirstTwo")), expected)
         for wrong in ("my_routers:other", "my_routers:missing", "no_such_module:Router", "no-such-router"):

@@ -206,6 +206,17 @@ def test_an_expert_that_was_removed_is_gone_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("backend", ["auto", "triton", "reference"])
+def test_no_tokens(backend: Any, tmp_path: Path) -> None:
+    """A mixture's expert that no token of a batch was sent to."""
+    model = RoutedModel.from_pool(llama(), make_pool(llama, tmp_path), backend=backend)
+    with torch.no_grad():
+        for site, linear in model.routed_linears().items():
+            width = linear.base.in_features
+            assert linear(torch.randn(0, width)).shape == (0, linear.base.out_features), site
+            assert linear(torch.randn(2, 0, width)).shape == (2, 0, linear.base.out_features), site
+
+
 def test_compiles_as_one_graph(tmp_path: Path) -> None:
     shared, alone = models(llama, tmp_path)
     x = torch.randn(1, 3, 32)

@@ -73,7 +73,10 @@ def suite_routing(recordings: Sequence[Recording], suite: str, tasks: list[str],
 
     header = recordings[0].header
     weights_RTME, usable_RTM = stacked("weights_ME"), stacked("usable_M")
-    top_k = np.inf if router_class(header.router["router"]).fixed_top_k else header.router["top_k"]
+    name = header.router["router"]
+    # a router of one's own (MODULE:CLASS) is not imported because a file names it; it takes top_k
+    fixed_top_k = ":" not in name and router_class(name).fixed_top_k
+    top_k = np.inf if fixed_top_k else header.router["top_k"]
     entropies = {
         "scores": (stacked("entropy_all_M"), usable_RTM),
         "chosen": (stacked("entropy_chosen_M"), np.minimum(usable_RTM, top_k)),

@@ -44,18 +44,34 @@ NEEDS: dict[Need, tuple[str, str]] = {
 
 
 def router_class(name: str) -> type[Router]:
-    """The router called `name` in `ROUTERS`, or "module:class" of one's own.
+    """The router called `name` in `ROUTERS`. Imports nothing else, so `name` may come from a file.
 
     Raises:
         RouterError: there is none.
     """
-    module, _, attribute = ROUTERS.get(name, name).partition(":")
+    if name not in ROUTERS:
+        raise _unknown(name, None)
+    return _load(ROUTERS[name])
+
+
+def router_of_ones_own(name: str) -> type[Router]:
+    """The router that MODULE:CLASS names. Imports that module: `name` must come from the user, never from a file.
+
+    Raises:
+        RouterError: there is none.
+    """
     try:
-        router = getattr(import_module(module), attribute) if attribute else None
-    except (ImportError, AttributeError) as error:
+        router = _load(name)
+    except (ImportError, AttributeError, ValueError) as error:
         raise _unknown(name, str(error)) from error
     if not (isinstance(router, type) and issubclass(router, Router)):
-        raise _unknown(name, None if router is None else f"{router!r}, which is not a phatgoose.Router")
+        raise _unknown(name, f"{router!r}, which is not a phatgoose.Router")
+    return router
+
+
+def _load(name: str) -> type[Router]:
+    module, _, attribute = name.partition(":")
+    router: type[Router] = getattr(import_module(module), attribute)
     return router
 
 
@@ -80,7 +96,8 @@ def check_pool(pool: Pool, config: RouterConfig, router_type: type[Router] | Non
             top_k larger than the pool, or an unknown or superfluous `expert`.
         PoolError: the pool is empty.
     """
-    router_type = router_type or router_class(config.router)
+    if router_type is None:
+        router_type = (router_of_ones_own if ":" in config.router else router_class)(config.router)
     experts = pool.experts()
     if config.top_k > len(experts) and not router_type.fixed_top_k:
         raise RouterError(

@@ -120,7 +120,7 @@ class FusedGroup:
         if self.owns_bases:
             bases = [(linear.weight, linear.bias) for linear in self.linears]
             flat, routing = kernels.routed_linears(x_NI, bases, layers, self.rule, self.options)
-            return [y_NO.view(*x.shape[:-1], -1) for y_NO in flat], routing
+            return [y_NO.view(*x.shape[:-1], y_NO.shape[1]) for y_NO in flat], routing
         outputs = [linear.base(x).contiguous() for linear in self.linears]
         flat = [y.view(-1, y.shape[-1]) for y in outputs]
         return outputs, kernels.route_and_add_(flat, x_NI, layers, self.rule, self.options)
